@@ -1,0 +1,1 @@
+"""What runs inside a hospital: admission, data sources, local training and evaluation."""

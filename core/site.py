@@ -1,0 +1,89 @@
+"""A site: a hospital's data source, its policy and its state.
+
+The file stays in the hospital. Paths in it are relative to it.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from fedward.core.study import Name
+from fedward.core.toml import Section, read_toml
+
+
+class SiteSection(Section):
+    """`[site]`: its name, the folder of its state (identity, ledger), and whether it is real.
+
+    A `simulated` site draws sampling and noise from the study's seed, so that runs repeat; all
+    that it sends is stamped as not private. Only the site's own file can say so.
+    """
+
+    name: Name
+    state: str = "state"
+    simulated: bool = False
+
+
+class DataSection(Section):
+    """`[data]`: where the patients are.
+
+    `public_size` is the number of patients as the hospital would print it in a brochure. Sample
+    rates and weights are computed from it and never from the true, private count.
+    `held_out` is the share of patients kept for evaluation, chosen by a keyed hash of the
+    patient's id, so that a patient stays on one side for good.
+    """
+
+    source: Literal["csv", "embedded"]
+    path: str | None = None
+    dataset: str | None = None
+    partition: str | None = None
+    patient_id: str | None = None
+    public_size: int = Field(ge=1)
+    held_out: float = Field(default=0.3, ge=0, lt=1)
+    columns: dict[str, str | Annotated[dict[str, str | float], Field()]] = Field(
+        default_factory=dict
+    )
+
+    @model_validator(mode="after")
+    def _complete(self) -> "DataSection":
+        if self.source == "csv" and (self.path is None or self.patient_id is None):
+            raise ValueError('source = "csv" needs `path` and `patient_id`')
+        if self.source == "embedded" and (self.dataset is None or self.partition is None):
+            raise ValueError('source = "embedded" needs `dataset` and `partition`')
+        return self
+
+
+class PolicySection(Section):
+    """`[policy]`: what this hospital permits, whatever a coordinator asks."""
+
+    tasks: tuple[str, ...] = Field(strict=False)
+    max_epsilon: float = Field(gt=0)
+    delta: float = Field(default=1e-5, gt=0, lt=1)
+    min_sites: int = Field(default=3, ge=1)
+    require_secure_aggregation: bool = True
+    allow_no_privacy: bool = False
+
+
+class ServingSection(Section):
+    """`[serving]`: the folder of verified releases."""
+
+    store: str = "store"
+
+
+class Site(Section):
+    """A whole site file."""
+
+    site: SiteSection
+    data: DataSection
+    policy: PolicySection
+    serving: ServingSection = Field(default_factory=ServingSection)
+
+    @property
+    def name(self) -> str:
+        """The site's name."""
+        return self.site.name
+
+
+def load_site(path: Path) -> Site:
+    """Read a site file. Raises `ConfigError`, with file, line, key and what is allowed."""
+    return read_toml(path, Site)

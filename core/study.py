@@ -1,0 +1,161 @@
+"""A study: what is to be trained and how.
+
+One file, the same for every site and every runtime. A study's hash pins what a site admitted:
+it covers everything except `[simulation]` and `[publish]`, which change nothing at a site.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from fedward.core.canonical import digest_json
+from fedward.core.toml import Section, parse_toml, read_toml
+
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
+Unit = Literal["record", "patient", "site"]
+Mode = Literal["none", "local", "distributed", "central"]
+Scalar = str | int | float | bool
+Args = dict[str, Scalar]
+
+
+class StudySection(Section):
+    """`[study]`: name, task, length."""
+
+    name: Name
+    task: str
+    rounds: int = Field(ge=1, le=100_000)
+    seed: int = Field(default=0, ge=0, lt=2**63)
+
+
+class ModelSection(Section):
+    """`[model]`: one of the task's models; `args` go to its constructor."""
+
+    name: str
+    args: Args = Field(default_factory=dict)
+
+
+class TrainingSection(Section):
+    """`[training]`: what a site does in a round.
+
+    `sample_rate` is the Poisson inclusion probability of a patient in a step. `batch_size`, its
+    expected number, may be given instead; the rate is then batch_size over the site's declared
+    `public_size`. Exactly one of `local_epochs` and `local_steps` says how long a round is.
+    """
+
+    local_epochs: float | None = Field(default=None, gt=0)
+    local_steps: int | None = Field(default=None, ge=1)
+    batch_size: int | None = Field(default=None, ge=1)
+    sample_rate: float | None = Field(default=None, gt=0, le=1)
+    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
+    learning_rate: float = Field(gt=0)
+    momentum: float = Field(default=0.0, ge=0, lt=1)
+    weight_decay: float = Field(default=0.0, ge=0)
+
+    @model_validator(mode="after")
+    def _one_of_each(self) -> "TrainingSection":
+        if (self.local_epochs is None) == (self.local_steps is None):
+            raise ValueError("needs exactly one of `local_epochs` and `local_steps`")
+        if (self.batch_size is None) == (self.sample_rate is None):
+            raise ValueError("needs exactly one of `batch_size` and `sample_rate`")
+        return self
+
+
+class StrategySection(Section):
+    """`[strategy]`: how updates become a model; `args` go to its constructor."""
+
+    name: str = "fedavg"
+    args: Args = Field(default_factory=dict)
+
+
+class PrivacySection(Section):
+    """`[privacy]`: the guarantee of the whole run, per unit."""
+
+    mode: Mode
+    unit: Unit = "patient"
+    epsilon: float | None = Field(default=None, gt=0)
+    delta: float = Field(default=1e-5, gt=0, lt=1)
+    clip_norm: float = Field(default=1.0, gt=0)
+    max_records: int = Field(default=1, ge=1)
+    acknowledge: str | None = None
+
+    @model_validator(mode="after")
+    def _named_or_priced(self) -> "PrivacySection":
+        if self.mode == "none":
+            if self.acknowledge != "no privacy":
+                raise ValueError(
+                    'mode = "none" trains without any privacy; if that is meant, add '
+                    'acknowledge = "no privacy"'
+                )
+            if self.epsilon is not None:
+                raise ValueError('mode = "none" takes no epsilon; remove it, or choose a mode')
+        else:
+            if self.epsilon is None:
+                raise ValueError(f'mode = "{self.mode}" needs epsilon, such as epsilon = 4.0')
+            if self.acknowledge is not None:
+                raise ValueError('acknowledge belongs to mode = "none"; remove it')
+        return self
+
+
+class AggregationSection(Section):
+    """`[aggregation]`: who sees what of a round."""
+
+    secure: bool = True
+    min_sites: int = Field(default=2, ge=1)
+
+
+class PublishSection(Section):
+    """`[publish]`: where releases go, a folder relative to the study's file."""
+
+    registry: str = "releases"
+
+
+class SimulationSection(Section):
+    """`[simulation]`: ignored outside simulation."""
+
+    sites: str | None = None
+    partition: str = "natural"
+    args: Args = Field(default_factory=dict)
+    runtime: Literal["in-process", "ray", "loopback"] = "in-process"
+    engine: Literal["auto", "per-site", "vectorised"] = "auto"
+
+
+class Study(Section):
+    """A whole study file."""
+
+    study: StudySection
+    model: ModelSection
+    training: TrainingSection
+    strategy: StrategySection = Field(default_factory=StrategySection)
+    privacy: PrivacySection
+    aggregation: AggregationSection = Field(default_factory=AggregationSection)
+    publish: PublishSection = Field(default_factory=PublishSection)
+    simulation: SimulationSection = Field(default_factory=SimulationSection)
+
+    @field_validator("aggregation")
+    @classmethod
+    def _secure_needs_three(cls, aggregation: AggregationSection) -> AggregationSection:
+        if aggregation.secure and aggregation.min_sites < 3:  # noqa: PLR2004
+            raise ValueError(
+                "secure = true needs min_sites of 3 or more: of a sum of two, each knows the other"
+            )
+        return aggregation
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of what a site agrees to, 64 hexadecimal digits."""
+        return digest_json(self.agreed())
+
+    def agreed(self) -> dict[str, Any]:
+        """The part of the study that the hash covers, as JSON values."""
+        return self.model_dump(mode="json", exclude={"simulation", "publish"})
+
+
+def load_study(path: Path) -> Study:
+    """Read a study file. Raises `ConfigError`, with file, line, key and what is allowed."""
+    return read_toml(path, Study)
+
+
+def parse_study(text: str, *, file: str = "study") -> Study:
+    """Read a study's text. Raises `ConfigError`."""
+    return parse_toml(text, Study, file=file)

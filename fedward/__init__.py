@@ -1,0 +1,3 @@
+"""Fedward: federated, differentially private training across hospitals."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,1 @@
+"""Mechanisms, accounting, ledger, units, secure aggregation and audits. Knows nothing of Flower."""

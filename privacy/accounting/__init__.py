@@ -1,0 +1,1 @@
+"""Accounting: DpEvents in, epsilon out."""

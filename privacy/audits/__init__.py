@@ -1,0 +1,1 @@
+"""Audits: what a trainer and a run really leak."""

@@ -1,0 +1,1 @@
+"""Mechanisms: clipping and noise, drawn from a cryptographic stream."""

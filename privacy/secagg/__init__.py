@@ -1,0 +1,1 @@
+"""Secure aggregation: state machines that take and return messages, with no I/O."""

@@ -1,0 +1,1 @@
+"""The local serving adapter: verified releases over HTTP, without torch."""

@@ -1,0 +1,1 @@
+"""Whole runs on one machine: grids, partitions, scenarios and the loopback deployment."""

@@ -1,0 +1,1 @@
+"""How updates become a model: arithmetic on arrays, no I/O."""
