@@ -1,0 +1,89 @@
+"""Metrics of a binary task from sums over sites: no site shows a patient's probability."""
+
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+# Bins of equal width in log-odds, not in probability: rare outcomes crowd near 0, and a
+# difference from .001 to .002 ranks patients as much as one from .3 to .46.
+_NUM_BINS = 1024
+_LARGEST_LOG_ODDS = 10.24
+
+_NAMES = ("histogram", "num_examples", "correct", "squared_error", "log_loss")
+
+
+def binary_sums(
+    probabilities: NDArray[np.floating], labels: NDArray[np.floating | np.integer]
+) -> dict[str, NDArray[np.float64]]:
+    """What a site counts on its held-out patients.
+
+    Args:
+        probabilities: Shape `(num_examples,)`, in [0, 1].
+        labels: Shape `(num_examples,)`, 0 or 1.
+
+    Returns:
+        `histogram` of shape `(2, 1024)`: number of examples by class and by log-odds;
+        `num_examples`, `correct` (at threshold .5), `squared_error` and `log_loss` of shape `()`.
+
+    Raises:
+        ValueError: The shapes differ, a probability is outside [0, 1] or a label not 0 or 1.
+    """
+    p = np.asarray(probabilities, dtype=np.float64)
+    y = np.asarray(labels, dtype=np.float64)
+    if p.ndim != 1 or p.shape != y.shape:
+        raise ValueError(f"probabilities of shape {p.shape}, labels of shape {y.shape}")
+    if not ((p >= 0) & (p <= 1)).all():
+        raise ValueError("probabilities must be within [0, 1]")
+    if not np.isin(y, (0, 1)).all():
+        raise ValueError("labels must be 0 or 1")
+    limit = 1 / (1 + np.exp(_LARGEST_LOG_ODDS))
+    inside = np.clip(p, limit, 1 - limit)
+    log_odds = np.log(inside) - np.log1p(-inside)
+    bins = ((log_odds / _LARGEST_LOG_ODDS + 1) * (_NUM_BINS / 2)).astype(np.int64)
+    bins = np.clip(bins, 0, _NUM_BINS - 1)
+    histogram = np.stack(
+        [np.bincount(bins[y == label], minlength=_NUM_BINS) for label in (0, 1)]
+    ).astype(np.float64)
+    chance = np.where(y == 1, inside, 1 - inside)
+    return {
+        "histogram": histogram,
+        "num_examples": np.asarray(float(len(y))),
+        "correct": np.asarray(float(((p >= 0.5) == (y == 1)).sum())),  # noqa: PLR2004 (even odds)
+        "squared_error": np.asarray(float(((p - y) ** 2).sum())),
+        "log_loss": np.asarray(float(-np.log(chance).sum())),
+    }
+
+
+def summarise_binary(sums: Mapping[str, NDArray[np.float64]]) -> dict[str, float]:
+    """Metrics of `binary_sums`, of one site or added over sites.
+
+    Returns:
+        `num_examples`; with at least one example also `accuracy`, `brier`, `log_loss` and
+        `prevalence`; with both classes also `auroc`. What is not defined is not there.
+
+    Raises:
+        ValueError: An array is missing or does not have its shape.
+    """
+    missing = [name for name in _NAMES if name not in sums]
+    if missing:
+        raise ValueError(f"sums lack {', '.join(missing)}")
+    histogram = np.asarray(sums["histogram"], dtype=np.float64)
+    if histogram.shape != (2, _NUM_BINS):
+        raise ValueError(f"histogram has shape {histogram.shape}, not {(2, _NUM_BINS)}")
+    num_examples = float(sums["num_examples"])
+    summary = {"num_examples": num_examples}
+    if num_examples > 0:
+        summary |= {
+            "accuracy": float(sums["correct"]) / num_examples,
+            "brier": float(sums["squared_error"]) / num_examples,
+            "log_loss": float(sums["log_loss"]) / num_examples,
+            "prevalence": float(histogram[1].sum()) / num_examples,
+        }
+    negative, positive = histogram
+    pairs = negative.sum() * positive.sum()
+    if pairs > 0:
+        # Mann and Whitney: the share of pairs in the right order; a tie counts half.
+        below = np.cumsum(negative) - negative
+        summary["auroc"] = float((positive * (below + negative / 2)).sum() / pairs)
+    return summary

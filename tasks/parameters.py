@@ -1,0 +1,48 @@
+"""A model's parameters as one flat vector, the form in which they travel, and back."""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def to_vector(model: "nn.Module") -> NDArray[np.float32]:
+    """All parameters in the model's own order, shape `(num_parameters,)`; a copy."""
+    pieces = [p.detach().cpu().numpy().reshape(-1) for p in model.parameters()]
+    if not pieces:
+        return np.zeros(0, dtype=np.float32)
+    return np.concatenate(pieces).astype(np.float32)
+
+
+def from_vector(model: "nn.Module", vector: NDArray[np.float32]) -> None:
+    """Set all parameters from a flat vector, in place.
+
+    Raises:
+        ValueError: The vector's shape or type is not that of the model's parameters.
+    """
+    import torch
+
+    parameters = list(model.parameters())
+    expected = sum(p.numel() for p in parameters)
+    if vector.shape != (expected,) or vector.dtype != np.float32:
+        raise ValueError(
+            f"the model has {expected} float32 parameters, the vector is "
+            f"{vector.dtype} of shape {vector.shape}"
+        )
+    start = 0
+    with torch.no_grad():
+        for parameter in parameters:
+            piece = vector[start : start + parameter.numel()].reshape(tuple(parameter.shape))
+            parameter.copy_(torch.from_numpy(np.ascontiguousarray(piece).copy()))
+            start += parameter.numel()
+
+
+def to_named(model: "nn.Module") -> dict[str, NDArray[np.float32]]:
+    """Parameters by name, copies: what a release stores."""
+    return {
+        name: parameter.detach().cpu().numpy().astype(np.float32, copy=True)
+        for name, parameter in model.named_parameters()
+    }

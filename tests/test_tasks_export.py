@@ -1,0 +1,82 @@
+"""The exported ONNX model is the trained one, preparation included."""
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from fedward.tasks import datasets
+from fedward.tasks.heart_disease import HEART_DISEASE as TASK
+from fedward.tasks.task import Table, add_sums
+
+HOSPITALS = tuple(datasets.partitions("heart-disease"))
+
+
+@pytest.fixture(scope="module")
+def tables() -> list[Table]:
+    return [datasets.load("heart-disease", partition=hospital) for hospital in HOSPITALS]
+
+
+def raw_input(tables: list[Table]) -> NDArray[np.float32]:
+    columns = [np.concatenate([t.columns[f.name] for t in tables]) for f in TASK.schema.features]
+    return np.stack(columns, axis=1).astype(np.float32)
+
+
+def randomise(model: nn.Module, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0.0, 0.7, generator=generator)
+
+
+@pytest.mark.parametrize("name", TASK.models)
+@pytest.mark.parametrize("scaling", ["public", "fitted"])
+def test_onnx_equals_torch_on_all_920_patients(
+    tables: list[Table], name: str, scaling: str
+) -> None:
+    fitted = TASK.fit(add_sums(map(TASK.statistics, tables))) if scaling == "fitted" else None
+    model = TASK.model(name)
+    randomise(model, seed=1)
+    features = np.concatenate([TASK.prepare(table, fitted).features for table in tables])
+    expected = TASK.probabilities(model(torch.from_numpy(features))).numpy()
+
+    session = onnxruntime.InferenceSession(TASK.export_onnx(model, fitted))
+    (served,) = session.run(["probability"], {"input": raw_input(tables)})
+
+    assert served.shape == (920, 1)
+    assert served.dtype == np.float32
+    assert expected.std() > 0.1
+    np.testing.assert_allclose(served[:, 0], expected, atol=1e-6, rtol=0)
+
+
+def test_a_patient_of_whom_nothing_is_known_gets_a_probability() -> None:
+    model = TASK.model("logistic")
+    randomise(model, seed=2)
+    session = onnxruntime.InferenceSession(TASK.export_onnx(model, None))
+    nothing = np.full((1, len(TASK.schema.features)), np.nan, dtype=np.float32)
+
+    (probability,) = session.run(None, {"input": nothing})
+
+    assert 0 < float(probability[0, 0]) < 1
+
+
+def test_the_same_model_is_exported_to_the_same_bytes() -> None:
+    model = TASK.model("mlp")
+
+    assert TASK.export_onnx(model, None) == TASK.export_onnx(model, None)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        nn.Sequential(nn.Linear(32, 1), nn.Tanh()),
+        nn.Sequential(nn.Linear(3, 1)),
+        nn.Sequential(nn.Linear(32, 2)),
+        nn.Tanh(),
+    ],
+)
+def test_a_model_that_cannot_be_exported_faithfully_is_refused(model: nn.Module) -> None:
+    with pytest.raises(ValueError, match=r"export|features|output"):
+        TASK.export_onnx(model, None)
