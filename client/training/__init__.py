@@ -1,0 +1,15 @@
+"""Local training: DP-SGD over patients, through Opacus or at almost no cost."""
+
+from fedward.client.training.loop import LocalResult, sampled_clipped_sum, train
+from fedward.client.training.modes import choose_mode
+from fedward.client.training.plan import NotPrivate, Private, TrainingPlan
+
+__all__ = [
+    "LocalResult",
+    "NotPrivate",
+    "Private",
+    "TrainingPlan",
+    "choose_mode",
+    "sampled_clipped_sum",
+    "train",
+]

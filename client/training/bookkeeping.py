@@ -1,0 +1,222 @@
+"""Per-patient clipping at the cost of one backward pass.
+
+Bu, Wang, Zha and Karypis, ICML 2023, Algorithm 1: one forward pass, one backward pass for the
+gradients of the layers' outputs only, norms from those and the layers' inputs, and one weighted
+contraction. Opacus' modes are the oracle in the tests.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad
+
+from fedward.client.training.leaves import Call, part_of, supported
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+ClippedSum = Callable[..., tuple[dict[str, Tensor], Tensor]]
+
+STABILITY = 1e-6  # in Opacus' clipping factor, clip_norm / (norm + 1e-6)
+
+
+def leaves_of(model: nn.Module) -> dict[str, nn.Module] | None:
+    """The layers with parameters to train, by name; None if book-keeping does not fit the model.
+
+    It fits where every trained parameter belongs to exactly one layer that is known.
+    """
+    leaves: dict[str, nn.Module] = {}
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        own = [p for p in module.parameters(recurse=False) if p.requires_grad]
+        if not own:
+            continue
+        if not supported(module) or any(id(p) in seen for p in own):
+            return None
+        seen.update(id(p) for p in own)
+        leaves[name] = module
+    return leaves
+
+
+def clipping_factors(squared_norms: Tensor, clip_norm: Tensor | float) -> Tensor:
+    """How much of each gradient is kept, as in Opacus; nothing of one that is not finite."""
+    factors = (clip_norm / (squared_norms.sqrt() + STABILITY)).clamp(max=1.0)
+    return torch.where(torch.isfinite(squared_norms), factors, torch.zeros_like(factors))
+
+
+class Captured:
+    """One forward and backward pass: what went into each layer, what gradient came back."""
+
+    def __init__(self, model: nn.Module, loss: Loss, leaves: Mapping[str, nn.Module]) -> None:
+        self._model, self._loss, self._leaves = model, loss, leaves
+        self._copy = False
+        self._record: list[tuple[str, Tensor, int, Any]] = []
+        self._handles = [
+            layer.register_forward_hook(self._hook(name)) for name, layer in leaves.items()
+        ]
+
+    def close(self) -> None:
+        """Take the hooks off the model."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def hook(_layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            given = inputs[0].detach()
+            if self._copy:
+                given = given.clone()
+            # The edge, not the tensor: an activation in place changes what the tensor means.
+            edge = torch.autograd.graph.get_gradient_edge(output)
+            self._record.append((name, given, given._version, edge))  # noqa: SLF001 (no public name)
+
+        return hook
+
+    def run(self, features: Tensor, labels: Tensor, mask: Tensor | None) -> dict[str, list[Call]]:
+        """Calls of each layer, in order of use; layers that were not used are left out."""
+        self._record = []
+        with torch.enable_grad():
+            losses = self._loss(self._model(features), labels)
+            if losses.shape != features.shape[:1]:
+                raise ValueError(
+                    f"the loss gives one value an example, so shape ({len(features)},), not "
+                    f"{tuple(losses.shape)}"
+                )
+            total = losses.sum() if mask is None else (losses * mask).sum()
+            record, self._record = self._record, []
+            if any(given._version != version for _, given, version, _ in record):  # noqa: SLF001
+                self._copy = True
+                return self.run(features, labels, mask)
+            gradients = torch.autograd.grad(total, [edge for *_, edge in record], allow_unused=True)
+        calls: dict[str, list[Call]] = {}
+        for (name, given, _, _), gradient in zip(record, gradients, strict=True):
+            if gradient is not None:
+                calls.setdefault(name, []).append((given, gradient))
+        return calls
+
+
+def sums_of(
+    leaves: Mapping[str, nn.Module],
+    calls: Mapping[str, list[Call]],
+    *,
+    clip_norm: Tensor | float,
+    present: Tensor | None = None,
+    records: int = 1,
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Weighted sums by parameter name, and squared norms `(patients,)`, from one pass."""
+    parts = {name: part_of(leaves[name], call, records=records) for name, call in calls.items()}
+    squared = torch.stack([part.squared_norm for part in parts.values()]).sum(0)
+    factors = clipping_factors(squared, clip_norm)
+    if present is not None:
+        factors = factors * present
+    sums: dict[str, Tensor] = {}
+    for name, part in parts.items():
+        for parameter, value in part.weighted(factors).items():
+            sums[f"{name}.{parameter}" if name else parameter] = value
+    return sums, squared
+
+
+def make_clipped_sum(
+    model: nn.Module, loss: Loss, features: Tensor, *, records: int = 1
+) -> ClippedSum:
+    """A pure function that clips, to be used alone or under `torch.vmap` over stacked models.
+
+    Args:
+        model: Every trained parameter in a layer that book-keeping knows (`leaves_of`).
+        loss: Of outputs and labels, one value an example.
+        features: A batch of the shape that will be given, `(rows, ...)`; values do not matter.
+        records: Rows of one patient, which stand together.
+
+    Returns:
+        `clipped_sum(parameters, x, y, mask, clip_norm)`: of all parameters by name, a batch, and
+        which rows count (shape `(rows,)`, 0 or 1), the sum over patients of clipped gradients by
+        name of the trained parameters, and the patients' squared norms. A row that is not finite
+        makes its patient's squared norm not finite and adds nothing.
+
+    Raises:
+        ValueError: Book-keeping does not fit the model.
+    """
+    leaves = leaves_of(model)
+    if leaves is None:
+        raise ValueError("book-keeping does not fit this model; see leaves_of")
+    tapped = _Tapped(model, leaves)
+    shapes = tapped.probe(features)
+
+    def clipped_sum(
+        parameters: Mapping[str, Tensor],
+        x: Tensor,
+        y: Tensor,
+        mask: Tensor,
+        clip_norm: Tensor | float,
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        def total(taps: list[Tensor]) -> tuple[Tensor, list[tuple[str, Tensor]]]:
+            outputs, inputs = tapped.forward(parameters, x, taps)
+            return torch.where(mask > 0, loss(outputs, y), 0.0).sum(), inputs
+
+        dtype = next(iter(parameters.values())).dtype
+        taps = [x.new_zeros((x.shape[0], *shape[1:]), dtype=dtype) for shape in shapes]
+        gradients, inputs = grad(total, has_aux=True)(taps)
+        finite = torch.ones_like(mask, dtype=torch.bool)
+        for (_, a), d in zip(inputs, gradients, strict=True):
+            finite = finite & torch.isfinite(d.flatten(1).sum(1))
+            if a.is_floating_point():
+                finite = finite & torch.isfinite(a.flatten(1).sum(1))
+        keep = finite & (mask > 0)
+        calls: dict[str, list[Call]] = {}
+        for (name, a), d in zip(inputs, gradients, strict=True):
+            # Not a product: zero times NaN is NaN.
+            calls.setdefault(name, []).append((_only(keep, a), _only(keep, d)))
+        whole = (finite | (mask <= 0)).reshape(-1, records).all(1)
+        sums, squared = sums_of(leaves, calls, clip_norm=clip_norm, records=records)
+        return sums, torch.where(whole, squared, torch.inf)
+
+    return clipped_sum
+
+
+class _Tapped:
+    """A model whose layers' outputs are shifted by zeros, which can be differentiated by."""
+
+    def __init__(self, model: nn.Module, leaves: Mapping[str, nn.Module]) -> None:
+        self._model, self._leaves = model, leaves
+
+    def probe(self, features: Tensor) -> list[torch.Size]:
+        """Shapes of the outputs, in order of use."""
+        shapes: list[torch.Size] = []
+
+        def hook(_layer: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            shapes.append(output.shape)
+
+        with self._hooked(dict.fromkeys(self._leaves, hook)), torch.no_grad():
+            self._model(features)
+        return shapes
+
+    def forward(
+        self, parameters: Mapping[str, Tensor], features: Tensor, taps: list[Tensor]
+    ) -> tuple[Tensor, list[tuple[str, Tensor]]]:
+        """Outputs, and what went into each layer, in order of use."""
+        inputs: list[tuple[str, Tensor]] = []
+
+        def make(name: str) -> Callable[..., Tensor]:
+            def hook(_layer: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> Tensor:
+                inputs.append((name, given[0]))
+                return output + taps[len(inputs) - 1]
+
+            return hook
+
+        with self._hooked({name: make(name) for name in self._leaves}):
+            outputs: Tensor = functional_call(self._model, dict(parameters), (features,))
+        return outputs, inputs
+
+    @contextmanager
+    def _hooked(self, hooks: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
+        handles = [layer.register_forward_hook(hooks[name]) for name, layer in self._leaves.items()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _only(keep: Tensor, value: Tensor) -> Tensor:
+    """Rows of `value` that `keep` names, zeros in place of the others."""
+    return torch.where(keep.reshape(-1, *[1] * (value.dim() - 1)), value, torch.zeros_like(value))

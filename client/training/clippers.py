@@ -1,0 +1,251 @@
+"""From a batch to the sum over patients of clipped gradients, as one flat vector.
+
+Every mode is a `Clipper`. They agree to rounding; they differ in cost.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fedward.client.training.bookkeeping import (
+    STABILITY,
+    Captured,
+    Loss,
+    leaves_of,
+    sums_of,
+)
+from fedward.client.training.leaves import learns
+from fedward.client.training.sampler import Batch
+
+
+@dataclass(frozen=True, slots=True)
+class Clipped:
+    """What a clipper makes of a batch.
+
+    Attributes:
+        total: Sum over patients of clipped gradients, flat, in the order of the trained
+            parameters; float32.
+        sanitised: Records whose gradient was not finite, and was taken as zero.
+        unclipped: Patients whose gradient was within the bound (private; only adaptive
+            clipping uses it, noised).
+    """
+
+    total: Tensor
+    sanitised: int
+    unclipped: int
+
+
+class Clipper(Protocol):
+    """Sums clipped gradients."""
+
+    def __call__(self, batch: Batch, *, clip_norm: float) -> Clipped:
+        """The sum over the patients of `batch` of gradients clipped to `clip_norm`."""
+        ...
+
+    def close(self) -> None:
+        """Take off the model whatever was put on it."""
+        ...
+
+
+Run = Callable[[Batch], tuple[Tensor, Tensor]]
+
+
+def sanitised(batch: Batch, run: Run, *, clip_norm: float, size: int) -> Clipped:
+    """Run, and where a gradient is not finite run again without the records at fault.
+
+    Args:
+        batch: At least one patient.
+        run: Gives the flat sum and the patients' squared norms, which are not finite where
+            a gradient is not.
+        clip_norm: To count who is within it.
+        size: Length of the flat sum.
+    """
+    dropped = 0
+    total, squared = run(batch)
+    if not _finite(squared):
+        alone = squared if batch.records == 1 else run(batch.one_by_one())[1]
+        bad = ~torch.isfinite(alone)
+        if batch.mask is not None:
+            bad &= batch.mask > 0
+        dropped = int(bad.sum())
+        batch = batch.without(bad)
+        if batch.patients:
+            total, squared = run(batch)
+            # Finite records whose sum overflows: the patient is left out whole.
+            whole = torch.isfinite(squared)
+            if not bool(whole.all()):
+                dropped += int((~whole).sum())
+                batch = batch.only(whole)
+                if batch.patients:
+                    total, squared = run(batch)
+        if not batch.patients or not _finite(squared):
+            return Clipped(total.new_zeros(size), dropped + batch.patients, 0)
+    within = int((squared <= (clip_norm - STABILITY) ** 2).sum())
+    return Clipped(total, dropped, within)
+
+
+class BookKeeping:
+    """One backward pass, norms from activations and output gradients.
+
+    Raises:
+        ValueError: A trained parameter is outside the layers that book-keeping knows.
+    """
+
+    def __init__(self, model: nn.Module, loss: Loss) -> None:
+        leaves = leaves_of(model)
+        if leaves is None:
+            raise ValueError("book-keeping does not fit this model; use mode='hooks'")
+        self._leaves = leaves
+        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        self._shapes: Mapping[str, Tensor] = dict(trained)
+        self._size = sum(p.numel() for _, p in trained)
+        self._captured = Captured(model, loss, leaves)
+
+    def __call__(self, batch: Batch, *, clip_norm: float) -> Clipped:
+        """As `Clipper`."""
+
+        def run(given: Batch) -> tuple[Tensor, Tensor]:
+            with torch.no_grad():
+                calls = self._captured.run(given.features, given.labels, given.mask)
+                sums, squared = sums_of(
+                    self._leaves, calls, clip_norm=clip_norm, records=given.records
+                )
+                return self._flat(sums), squared
+
+        return sanitised(batch, run, clip_norm=clip_norm, size=self._size)
+
+    def _flat(self, sums: Mapping[str, Tensor]) -> Tensor:
+        return torch.cat(
+            [
+                sums[name].reshape(-1) if name in sums else torch.zeros_like(p).reshape(-1)
+                for name, p in self._shapes.items()
+            ]
+        )
+
+    def close(self) -> None:
+        """Take the hooks off the model."""
+        self._captured.close()
+
+
+class ClosedForm:
+    """A linear model: the gradient of a record is an outer product; no autograd in the model.
+
+    The loss may carry its derivative as an attribute `output_gradient(outputs, labels)`;
+    without it, autograd differentiates the loss alone.
+
+    Raises:
+        ValueError: The model is not one linear layer.
+    """
+
+    def __init__(self, model: nn.Module, loss: Loss) -> None:
+        layer = linear_of(model)
+        if layer is None:
+            raise ValueError("closed form is for models that are one nn.Linear")
+        if not layer.weight.requires_grad:
+            raise ValueError("closed form trains the weight")
+        self._layer, self._loss = layer, loss
+        self._biased = learns(layer, "bias")
+        self._derivative: Callable[[Tensor, Tensor], Tensor] = getattr(
+            loss, "output_gradient", self._differentiate
+        )
+        self._size = sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+    def __call__(self, batch: Batch, *, clip_norm: float) -> Clipped:
+        """As `Clipper`."""
+
+        def run(given: Batch) -> tuple[Tensor, Tensor]:
+            with torch.no_grad():
+                return self._run(given, clip_norm)
+
+        return sanitised(batch, run, clip_norm=clip_norm, size=self._size)
+
+    def _run(self, batch: Batch, clip_norm: float) -> tuple[Tensor, Tensor]:
+        layer, a = self._layer, batch.features.flatten(1)
+        d = self._derivative(nn.functional.linear(a, layer.weight, layer.bias), batch.labels)
+        if batch.mask is not None:
+            d = d * batch.mask[:, None]
+        if batch.records > 1:
+            return self._patients(a, d, batch.records, clip_norm)
+        length = torch.linalg.vecdot(a, a)
+        if self._biased:
+            length += 1
+        squared = torch.linalg.vecdot(d, d).mul_(length)
+        factors = squared.sqrt().add_(STABILITY).reciprocal_().mul_(clip_norm).clamp_(max=1.0)
+        d = d * factors[:, None]
+        return self._flat(d.t() @ a, d), squared
+
+    def _patients(
+        self, a: Tensor, d: Tensor, records: int, clip_norm: float
+    ) -> tuple[Tensor, Tensor]:
+        patients = len(a) // records
+        a, d = a.view(patients, records, -1), d.view(patients, records, -1)
+        weight, bias = d.transpose(1, 2) @ a, d.sum(1)
+        squared = weight.square().sum((1, 2))
+        if self._biased:
+            squared += bias.square().sum(1)
+        factors = (clip_norm / (squared.sqrt() + STABILITY)).clamp(max=1.0)
+        total = (factors @ weight.flatten(1)).view(weight.shape[1:])
+        return self._flat(total, bias * factors[:, None]), squared
+
+    def _flat(self, weight: Tensor, bias: Tensor) -> Tensor:
+        return torch.cat([weight.flatten(), bias.sum(0)]) if self._biased else weight.flatten()
+
+    def _differentiate(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        with torch.enable_grad():
+            outputs = outputs.detach().requires_grad_()
+            losses = self._loss(outputs, labels)
+            return torch.autograd.grad(losses.sum(), outputs)[0]
+
+    def close(self) -> None:
+        """Nothing was put on the model."""
+
+
+class Plain:
+    """No clipping: the sum of gradients, by one backward pass. For `NotPrivate()` only."""
+
+    def __init__(self, model: nn.Module, loss: Loss) -> None:
+        self._model, self._loss = model, loss
+        self._trained = [p for p in model.parameters() if p.requires_grad]
+
+    def __call__(self, batch: Batch, *, clip_norm: float) -> Clipped:  # noqa: ARG002 (the interface)
+        """As `Clipper`."""
+        total = self._run(batch)
+        if _finite(total):
+            return Clipped(total, 0, 0)
+        # Slow and rare: find the records at fault one by one.
+        single = batch.one_by_one()
+        sums = [self._run(single.part(row, row + 1)) for row in range(single.patients)]
+        kept = [value for value in sums if _finite(value)]
+        total = torch.stack(kept).sum(0) if kept else torch.zeros_like(total)
+        return Clipped(total, len(sums) - len(kept), 0)
+
+    def _run(self, batch: Batch) -> Tensor:
+        with torch.enable_grad():
+            losses = self._loss(self._model(batch.features), batch.labels)
+            total = losses.sum() if batch.mask is None else (losses * batch.mask).sum()
+            gradients = torch.autograd.grad(total, self._trained, materialize_grads=True)
+        return torch.cat([g.reshape(-1) for g in gradients])
+
+    def close(self) -> None:
+        """Nothing was put on the model."""
+
+
+def linear_of(model: nn.Module) -> nn.Linear | None:
+    """The layer of a model that is one linear layer and nothing else, or None."""
+    if type(model) is nn.Linear:
+        return model
+    if type(model) is nn.Sequential:
+        inner = [m for m in model if type(m) not in (nn.Identity, nn.Flatten)]
+        if len(inner) == 1 and type(inner[0]) is nn.Linear:
+            return inner[0]
+    return None
+
+
+def _finite(values: Tensor) -> bool:
+    # One reduction: a sum is finite only if all terms are, or cancels never (squares), or
+    # overflows, which the slow path then finds harmless.
+    return math.isfinite(values.sum().item())
