@@ -6,6 +6,10 @@ any major vessel (UCI's `num` above 0).
 
 The ranges are clinical, and were not taken from these patients: `allowed` is what a living adult
 can have, `scaling` about the span between healthy and severe in cardiology clinics.
+
+What was not done says something of the patient and of the hospital. There is one indicator an
+examination and not one a field: under privacy every parameter pays in noise, and the fields of one
+exercise test are missing together (its indicator is the heart rate's; the slope is read apart).
 """
 
 from fedward.tasks.schema import Field, Schema
@@ -20,7 +24,7 @@ SCHEMA = Schema(
             unit="years",
             allowed=(18, 120),
             scaling=(30, 80),
-            may_be_missing=False,
+            missing_indicator=False,
             loinc="30525-0",
         ),
         Field(
@@ -28,7 +32,7 @@ SCHEMA = Schema(
             kind="category",
             description="administrative sex (UCI: sex)",
             categories=("female", "male"),
-            may_be_missing=False,
+            missing_indicator=False,
             loinc="46098-0",
         ),
         Field(
@@ -36,7 +40,7 @@ SCHEMA = Schema(
             kind="category",
             description="type of chest pain (UCI: cp)",
             categories=("typical angina", "atypical angina", "non-anginal", "asymptomatic"),
-            may_be_missing=False,
+            missing_indicator=False,
         ),
         Field(
             name="resting_blood_pressure",
@@ -46,6 +50,7 @@ SCHEMA = Schema(
             allowed=(40, 300),
             scaling=(90, 180),
             missing=("0", "-9"),
+            missing_indicator=False,
             loinc="8480-6",
         ),
         Field(
@@ -63,6 +68,7 @@ SCHEMA = Schema(
             kind="flag",
             description="fasting blood glucose above 120 mg/dl (UCI: fbs)",
             missing=("-9",),
+            missing_indicator=False,
         ),
         Field(
             name="resting_ecg",
@@ -70,6 +76,7 @@ SCHEMA = Schema(
             description="electrocardiogram at rest (UCI: restecg)",
             categories=("normal", "st-t abnormality", "lv hypertrophy"),
             missing=("-9",),
+            missing_indicator=False,
         ),
         Field(
             name="max_heart_rate",
@@ -85,6 +92,7 @@ SCHEMA = Schema(
             kind="flag",
             description="angina during the exercise test (UCI: exang)",
             missing=("-9",),
+            missing_indicator=False,
         ),
         Field(
             name="st_depression",
@@ -95,6 +103,7 @@ SCHEMA = Schema(
             allowed=(-8, 10),
             scaling=(0, 4),
             missing=("-9",),
+            missing_indicator=False,
         ),
         Field(
             name="st_slope",

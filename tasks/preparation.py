@@ -100,7 +100,7 @@ def preparation(schema: Schema, fitted: Mapping[str, Any] | None, *, gain: float
     scales = _public(numbers) if fitted is None else _read(fitted, numbers)
     columns = {f.name: index for index, f in enumerate(schema.features)}
     signed = [f for f in schema.features if _is_signed(f)]
-    missing = [f for f in schema.features if f.may_be_missing]
+    missing = [f for f in schema.features if f.missing_indicator]
     equals = [
         (f, code) for f in schema.features if f.kind == "category" and not _is_signed(f)
         for code in range(len(f.categories))

@@ -41,7 +41,7 @@ class Field:
             beyond is set to its end.
         categories: Of a category: the allowed ones, in the order of their codes 0, 1, ...
         missing: Further texts or numbers, before unit conversion, that mean "not measured".
-        may_be_missing: Whether preparation keeps an indicator of being missing.
+        missing_indicator: Whether preparation keeps an indicator of being missing.
         role: A feature, or the label.
         loinc: LOINC code, where one means exactly this.
     """
@@ -54,7 +54,7 @@ class Field:
     scaling: tuple[float, float] | None = None
     categories: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
-    may_be_missing: bool = True
+    missing_indicator: bool = True
     role: Role = "feature"
     loinc: str | None = None
 
