@@ -5,7 +5,7 @@ import json
 from typing import Any
 
 
-def canonical_json(value: Any) -> bytes:  # noqa: ANN401 (any JSON value)
+def canonical_json(value: Any) -> bytes:
     """Serialise a JSON value in the one form that is hashed and signed.
 
     Keys are sorted, there is no white space, and numbers that JSON cannot hold are refused.
@@ -24,6 +24,6 @@ def digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def digest_json(value: Any) -> str:  # noqa: ANN401 (any JSON value)
+def digest_json(value: Any) -> str:
     """SHA-256 of a JSON value's canonical form."""
     return digest(canonical_json(value))

@@ -75,9 +75,14 @@ class PolicySection(Section):
 
 
 class ServingSection(Section):
-    """`[serving]`: the folder of verified releases."""
+    """`[serving]`: the folder of verified releases, and whose releases this hospital takes.
+
+    `publisher` is the publisher's public key in PEM, received out of band. Without it the site
+    takes part in training and accepts no release.
+    """
 
     store: str = "store"
+    publisher: str | None = None
 
 
 class Site(Section):

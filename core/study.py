@@ -62,9 +62,13 @@ class TrainingSection(Section):
 
 
 class StrategySection(Section):
-    """`[strategy]`: how updates become a model; `args` go to its constructor."""
+    """`[strategy]`: how updates become a model; `args` go to its constructor.
+
+    The model that is published is the mean over the last `average_last` of the rounds.
+    """
 
     name: str = "fedavg"
+    average_last: float = Field(default=0.0, ge=0, lt=1)
     args: Args = Field(default_factory=dict)
 
 
@@ -105,15 +109,25 @@ class AggregationSection(Section):
 
 
 class PublishSection(Section):
-    """`[publish]`: where releases go, a folder relative to the study's file."""
+    """`[publish]`: where releases go, and who signs them.
+
+    Both are paths relative to the study's file; `key` is an ECDSA P-256 private key in PEM. A
+    simulation without one makes its own.
+    """
 
     registry: str = "releases"
+    key: str | None = None
 
 
 class SimulationSection(Section):
-    """`[simulation]`: ignored outside simulation."""
+    """`[simulation]`: ignored outside simulation.
+
+    `sites` is a pattern of site files beside the study; without it the task's embedded data are
+    partitioned. Sites in `leave_out` take no part.
+    """
 
     sites: str | None = None
+    leave_out: tuple[str, ...] = Field(default=(), strict=False)
     partition: str = "natural"
     args: Args = Field(default_factory=dict)
     runtime: Literal["in-process", "ray", "loopback"] = "in-process"

@@ -85,7 +85,9 @@ def name_of(location: tuple[str, ...]) -> str:
 
 
 def _explain(error: ValidationError, kind: type[BaseModel], *, file: str, text: str) -> ConfigError:
-    first = error.errors(include_url=False)[0]
+    errors = error.errors(include_url=False)
+    # A misspelt key is also a missing one; the misspelling is what helps.
+    first = min(errors, key=lambda found: found["type"] != "extra_forbidden")
     location = tuple(str(part) for part in first["loc"])
     line = line_of(text, location)
     match first["type"]:

@@ -1,0 +1,74 @@
+"""The Flower ClientApp: moves bytes between Flower and the local site."""
+
+import os
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+
+from fedward.client.local_site import LocalSite
+from fedward.core.errors import ConfigError, FedwardError
+from fedward.transport.payload import Payload, pack, unpack
+
+SIMULATED_SITES = "FEDWARD_SIMULATED_SITES"
+"""Environment variable that names a file with one site file a line, for Flower's Simulation
+Runtime, which gives a node only its number. The process that simulates sets it; a coordinator
+cannot."""
+
+app = ClientApp()
+
+
+@app.query("admit")
+def admit(message: Message, context: Context) -> Message:
+    """Hold the study against the site's policy and budget."""
+    return _answer(message, context, LocalSite.admit)
+
+
+@app.train("update")
+def train(message: Message, context: Context) -> Message:
+    """Train one round."""
+    return _answer(message, context, LocalSite.train)
+
+
+@app.evaluate("metrics")
+def evaluate(message: Message, context: Context) -> Message:
+    """Evaluate a model on held-out patients."""
+    return _answer(message, context, LocalSite.evaluate)
+
+
+@app.query("publish")
+def accept_release(message: Message, context: Context) -> Message:
+    """Take a release into the store."""
+    return _answer(message, context, LocalSite.accept_release)
+
+
+def _answer(
+    message: Message, context: Context, act: Callable[[LocalSite, Payload], Payload]
+) -> Message:
+    try:
+        site = _open(str(_site_file(context)))
+        reply = act(site, unpack(message.content, sender="coordinator"))
+    except FedwardError as error:
+        reply = Payload({"refused": str(error), "kind": type(error).__name__})
+    return Message(pack(reply), reply_to=message)
+
+
+def _site_file(context: Context) -> Path:
+    config = context.node_config
+    if isinstance(config.get("site"), str):
+        return Path(str(config["site"]))
+    listing = os.environ.get(SIMULATED_SITES)
+    if listing is not None and "partition-id" in config:
+        files = Path(listing).read_text(encoding="utf-8").splitlines()
+        return Path(files[int(config["partition-id"])])
+    raise ConfigError(
+        "names no site; start the SuperNode with --node-config 'site=\"/path/to/site.toml\"'",
+        file="node config",
+    )
+
+
+@lru_cache(maxsize=4096)
+def _open(file: str) -> LocalSite:
+    return LocalSite(Path(file))

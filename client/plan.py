@@ -1,0 +1,102 @@
+"""What a study means at one site: sample rate, steps and noise, from public numbers only."""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from fedward.client.training import NotPrivate, Private, TrainingPlan
+
+from fedward.core.errors import AdmissionRefused
+from fedward.core.site import Site
+from fedward.core.study import Study
+from fedward.privacy.accounting import calibrate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SitePlan:
+    """A study at one site.
+
+    Attributes:
+        weight: Aggregation weight: public number of training patients.
+        sample_rate: Poisson inclusion probability of a patient in a step.
+        steps: Steps of a round.
+        rounds: Rounds of the run.
+        noise_multiplier: Noise standard deviation over clip norm; 0 only in mode "none".
+    """
+
+    weight: float
+    sample_rate: float
+    steps: int
+    rounds: int
+    noise_multiplier: float
+
+    @property
+    def expected_batch_size(self) -> float:
+        """What gradients are averaged by: public, so that the true batch size stays private."""
+        return self.sample_rate * self.weight
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values."""
+        return asdict(self)
+
+
+def plan_site(study: Study, site: Site) -> SitePlan:
+    """Solve the study for a site: noise that keeps the whole run within its epsilon.
+
+    Every number comes from the study or the site's public declarations, none from the patients.
+
+    Raises:
+        AdmissionRefused: The study's batch is larger than the site.
+    """
+    training = study.training
+    weight = site.data.public_size * (1 - site.data.held_out)
+    if training.sample_rate is not None:
+        sample_rate = training.sample_rate
+    else:
+        sample_rate = (training.batch_size or 0) / weight
+        if sample_rate > 1:
+            raise AdmissionRefused(
+                site=site.name,
+                policy=f"[data] public_size = {site.data.public_size}",
+                reason=f"[training] batch_size = {training.batch_size} is more than its training "
+                f"patients ({weight:.0f}); lower it, or give sample_rate instead",
+            )
+    if training.local_steps is not None:
+        steps = training.local_steps
+    else:
+        steps = max(1, math.ceil((training.local_epochs or 1.0) / sample_rate))
+    noise_multiplier = 0.0
+    if study.privacy.mode != "none":
+        noise_multiplier = calibrate(
+            epsilon=study.privacy.epsilon or 0.0,
+            delta=study.privacy.delta,
+            sample_rate=sample_rate,
+            steps=steps * study.study.rounds,
+        )
+    return SitePlan(
+        weight=weight,
+        sample_rate=sample_rate,
+        steps=steps,
+        rounds=study.study.rounds,
+        noise_multiplier=noise_multiplier,
+    )
+
+
+def training_plan(study: Study, plan: SitePlan) -> TrainingPlan:
+    """What the trainer is told for one round."""
+    training, privacy = study.training, study.privacy
+    guarantee = (
+        NotPrivate()
+        if privacy.mode == "none"
+        else Private(clip_norm=privacy.clip_norm, noise_multiplier=plan.noise_multiplier)
+    )
+    return TrainingPlan(
+        optimizer=training.optimizer,
+        learning_rate=training.learning_rate,
+        momentum=training.momentum,
+        weight_decay=training.weight_decay,
+        steps=plan.steps,
+        sample_rate=plan.sample_rate,
+        expected_batch_size=plan.expected_batch_size,
+        guarantee=guarantee,
+    )

@@ -1,0 +1,239 @@
+"""The command line: a thin layer over the rest.
+
+Every command takes `--json` (one object on standard output, nothing else there), exits 0 on
+success, 1 on a failure that it explains, 2 on bad usage. Heavy imports are made inside commands,
+so that `fedward --help` stays instant.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fedward.core.errors import FedwardError
+
+app = typer.Typer(
+    name="fedward",
+    help="Federated, differentially private training across hospitals, audited and published.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+ledger_app = typer.Typer(help="A site's privacy ledger.", no_args_is_help=True)
+site_app = typer.Typer(help="A hospital's own side.", no_args_is_help=True)
+registry_app = typer.Typer(help="Published releases.", no_args_is_help=True)
+app.add_typer(ledger_app, name="ledger")
+app.add_typer(site_app, name="site")
+app.add_typer(registry_app, name="registry")
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+StudyFile = Annotated[Path, typer.Argument(help="The study file (TOML).", show_default=False)]
+SiteFile = Annotated[Path, typer.Argument(help="The site file (TOML).", show_default=False)]
+RunFolder = Annotated[Path, typer.Argument(help="The run directory.", show_default=False)]
+
+
+def main() -> None:
+    """Run the command line; explain what goes wrong in one or two lines."""
+    try:
+        app()
+    except FedwardError as error:
+        if "--json" in sys.argv:
+            _emit({"error": {"kind": type(error).__name__, "message": str(error)}})
+        else:
+            sys.stderr.write(f"error: {error}\n")
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.stderr.write("stopped; a run goes on with --resume\n")
+        sys.exit(130)
+
+
+def _emit(value: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
+
+
+@app.command()
+def demo(
+    json_output: Json = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the run; by default runs/<time>-demo.")
+    ] = None,
+) -> None:
+    """Train on four real hospitals with and without privacy, publish, and ask the adapter."""
+    from fedward.console import show_demo
+    from fedward.simulations.demo import run_demo
+
+    result = run_demo(out, show=None if json_output else show_demo())
+    if json_output:
+        _emit(result)
+
+
+@app.command()
+def simulate(
+    study: StudyFile,
+    json_output: Json = False,
+    out: Annotated[
+        Path | None, typer.Option(help="The run directory; by default runs/<time>-<study>.")
+    ] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="Go on with the run in this directory.")
+    ] = None,
+    runtime: Annotated[
+        str | None, typer.Option(help="in-process, ray or loopback; by default the study's.")
+    ] = None,
+) -> None:
+    """Run a study with all its sites on this machine."""
+    from fedward.console import follow, print_result
+    from fedward.core.run import new_run_path
+    from fedward.core.study import load_study
+    from fedward.simulations.report import write_report
+    from fedward.simulations.simulate import prepare_run
+    from fedward.simulations.simulate import simulate as run_study
+
+    if runtime not in {None, "in-process", "ray", "loopback"}:
+        raise typer.BadParameter("choose in-process, ray or loopback", param_hint="--runtime")
+    loaded = load_study(study)
+    path = resume or out or new_run_path(Path("runs"), loaded)
+    run = prepare_run(study, path, resume=resume is not None)
+    with follow(run, rounds=loaded.study.rounds, quiet=json_output):
+        result = run_study(study, run, runtime=runtime)
+    write_report(run)
+    if json_output:
+        _emit(result)
+    else:
+        print_result(result)
+
+
+@app.command()
+def report(run: RunFolder, json_output: Json = False) -> None:
+    """Write a run's report.html again."""
+    from fedward.core.run import RunDirectory
+    from fedward.simulations.report import write_report
+
+    path = write_report(RunDirectory.open(run))
+    if json_output:
+        _emit({"report": str(path)})
+    else:
+        sys.stdout.write(f"{path}\n")
+
+
+@app.command()
+def status(run: RunFolder, json_output: Json = False) -> None:
+    """Say how far a run is, and what happened to its sites."""
+    from fedward.console import print_status
+    from fedward.core.run import RunDirectory
+    from fedward.core.study import load_study
+
+    folder = RunDirectory.open(run)
+    study = load_study(folder.path / "study.toml")
+    events = list(folder.events())
+    rounds = [event["round"] for event in events if event["event"] == "round"]
+    troubles = [e for e in events if e["event"] in {"refused", "failed", "aborted"}]
+    last = events[-1]["event"] if events else "prepared"
+    state = last if last in {"finished", "aborted", "prepared"} else "running or killed"
+    value = {
+        "run": str(run),
+        "study": study.study.name,
+        "state": state,
+        "round": max(rounds, default=0),
+        "rounds": study.study.rounds,
+        "troubles": troubles,
+    }
+    if json_output:
+        _emit(value)
+    else:
+        print_status(value)
+
+
+@app.command()
+def tasks(json_output: Json = False) -> None:
+    """List the tasks that can be studied."""
+    from fedward.console import print_tasks
+    from fedward.tasks.registry import describe_tasks
+
+    values = describe_tasks()
+    if json_output:
+        _emit({"tasks": values})
+    else:
+        print_tasks(values)
+
+
+@app.command()
+def serve(
+    store: Annotated[Path, typer.Option(help="The store of verified releases.")],
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port; 0 takes a free one.")] = 8080,
+    publisher: Annotated[
+        Path | None, typer.Option(help="The publisher's public key; by default the store's.")
+    ] = None,
+) -> None:
+    """Verify the newest release of a store and serve it."""
+    from fedward.serving.server import serve as run_adapter
+
+    run_adapter(store, host=host, port=port, publisher=publisher)
+
+
+@ledger_app.command("show")
+def ledger_show(site: SiteFile, json_output: Json = False) -> None:
+    """Show what a site's patients have spent, study by study."""
+    from fedward.client.books import ledger_summary
+    from fedward.console import print_ledger
+
+    value = ledger_summary(site)
+    if json_output:
+        _emit(value)
+    else:
+        print_ledger(value)
+
+
+@ledger_app.command("verify")
+def ledger_verify(site: SiteFile, json_output: Json = False) -> None:
+    """Check a ledger's chain, signatures and epsilon."""
+    from fedward.client.books import verify_ledger
+
+    value = verify_ledger(site)
+    if json_output:
+        _emit(value)
+    else:
+        sys.stdout.write(f"{value['entries']} entries verify; head {value['head'][:16]}\n")
+
+
+@site_app.command("check")
+def site_check(site: SiteFile, json_output: Json = False) -> None:
+    """Read a site's data as training would, and say whether all is well."""
+    from fedward.client.books import check_site
+    from fedward.console import print_site
+
+    value = check_site(site)
+    if json_output:
+        _emit(value)
+    else:
+        print_site(value)
+
+
+@registry_app.command("verify")
+def registry_verify(
+    release: Annotated[Path, typer.Argument(help="The release's folder.", show_default=False)],
+    publisher: Annotated[Path, typer.Option(help="The publisher's public key (PEM).")],
+    json_output: Json = False,
+) -> None:
+    """Verify a release's signature and digests."""
+    from fedward.core.errors import ConfigError
+    from fedward.core.identity import PublicIdentity
+    from fedward.core.release import verify_release
+
+    try:
+        pem = publisher.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"cannot be read: {error.strerror}", file=str(publisher)) from error
+    verified = verify_release(release, PublicIdentity.from_pem(pem))
+    if json_output:
+        _emit({"release": str(release), "verified": True, "model": verified.model})
+    else:
+        sys.stdout.write(f"{release} verifies\n")
+
+
+if __name__ == "__main__":
+    main()

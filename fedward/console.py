@@ -1,0 +1,273 @@
+"""What the command line shows: tables and progress. Progress goes to standard error."""
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.panel import Panel
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from fedward.core.run import RunDirectory
+
+_OUT = Console(highlight=False)
+_ERR = Console(stderr=True, highlight=False)
+_LOOK_EVERY = 0.1
+
+Show = Callable[[str, Mapping[str, Any]], None]
+
+
+@contextlib.contextmanager
+def follow(run: RunDirectory, *, rounds: int, quiet: bool = False) -> Iterator[None]:
+    """Show a run's progress while the block runs, read from its events, whatever the runtime."""
+    if quiet or not _ERR.is_terminal:
+        yield
+        return
+    stop = threading.Event()
+    with _bar() as progress:
+        task = progress.add_task("waiting for sites", total=rounds)
+        watcher = threading.Thread(
+            target=_watch, args=(run, progress, task, stop), daemon=True, name="progress"
+        )
+        watcher.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            watcher.join()
+
+
+def _bar() -> Progress:
+    return Progress(
+        TextColumn("[bold]{task.description:<28}"),
+        BarColumn(bar_width=36),
+        TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+        TimeElapsedColumn(),
+        console=_ERR,
+        transient=True,
+    )
+
+
+def _watch(run: RunDirectory, progress: Progress, task: Any, stop: threading.Event) -> None:
+    while True:
+        ended = stop.is_set()
+        for event in list(run.events())[-1:]:
+            done = event.get("round")
+            if event["event"] == "round":
+                progress.update(task, completed=done, description="training")
+            else:
+                progress.update(task, description=event["event"])
+        if ended:
+            return
+        time.sleep(_LOOK_EVERY)
+
+
+def print_result(result: Mapping[str, Any]) -> None:
+    """The end of a run: metrics by site, epsilon, and where the release is."""
+    metrics, privacy = result["metrics"], result["privacy"]
+    private = privacy["mode"] != "none"
+    table = Table(
+        box=box.SIMPLE_HEAD, title=f"{result['study']}: held-out patients", title_style="bold"
+    )
+    for name in (
+        "hospital",
+        "patients",
+        "AUC",
+        "accuracy",
+        *(["epsilon spent"] if private else []),
+    ):
+        table.add_column(name, justify="left" if name == "hospital" else "right")
+    for site, values in metrics["sites"].items():
+        spent = privacy["sites"].get(site, {}).get("epsilon")
+        table.add_row(
+            site,
+            f"{values['num_examples']:.0f}",
+            number(values["auroc"]),
+            number(values["accuracy"]),
+            *([number(spent, 2)] if private else []),
+        )
+    table.add_section()
+    table.add_row(
+        "pooled",
+        "",
+        number(metrics["pooled"].get("auroc")),
+        number(metrics["pooled"].get("accuracy")),
+        style="bold",
+    )
+    table.add_row(
+        "mean", "", number(metrics["mean"].get("auroc")), number(metrics["mean"].get("accuracy"))
+    )
+    _OUT.print(table)
+    _OUT.print(privacy_line(privacy))
+    _OUT.print(f"{result['rounds']} rounds in {result['seconds']:.1f} s   run: {result['run']}")
+    _OUT.print(f"release: {result['release']}")
+
+
+def privacy_line(privacy: Mapping[str, Any]) -> str:
+    """A privacy statement in one line, with all that an epsilon must travel with."""
+    if privacy["mode"] == "none":
+        return "[yellow]no privacy: trained without noise, as the study acknowledges[/yellow]"
+    spent = [site["epsilon"] for site in privacy["sites"].values() if "epsilon" in site]
+    line = (
+        f"epsilon {max(spent, default=float('nan')):.2f} (delta {privacy['delta']:g}, per "
+        f"{privacy['unit']}, {privacy['neighboring_relation']}, {privacy['accountant'].upper()})"
+    )
+    if not privacy["private"]:
+        line += f"\n[yellow]not private: {privacy['why_not_private']}[/yellow]"
+    return line
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A figure for a table, or a dash."""
+    return "–" if value is None or value != value else f"{value:.{digits}f}"  # noqa: PLR0124 (NaN)
+
+
+def print_status(value: Mapping[str, Any]) -> None:
+    """How far a run is."""
+    _OUT.print(f"{value['study']}: {value['state']}, round {value['round']} of {value['rounds']}")
+    for trouble in value["troubles"]:
+        where = trouble.get("site") or trouble.get("node") or "run"
+        _OUT.print(f"  {trouble['event']}: {where}: {trouble['reason']}", style="yellow")
+
+
+def print_tasks(values: Sequence[Mapping[str, Any]]) -> None:
+    """The tasks that can be studied."""
+    table = Table(box=box.SIMPLE_HEAD)
+    for name in ("task", "what", "models"):
+        table.add_column(name)
+    for value in values:
+        table.add_row(value["name"], value["description"], ", ".join(value["models"]))
+    _OUT.print(table)
+
+
+def print_site(value: Mapping[str, Any]) -> None:
+    """A site whose data can be read."""
+    _OUT.print(f"[bold]{value['site']}[/bold] is ready; key {value['key'][:16]}")
+    for task, counts in value["tasks"].items():
+        _OUT.print(f"  {task}: {counts['patients']} patients in {counts['rows']} rows")
+    _OUT.print(f"  public size {value['public_size']}, budget epsilon {value['max_epsilon']:g}")
+
+
+def print_ledger(value: Mapping[str, Any]) -> None:
+    """A budget over studies, with a bar."""
+    spent, limit = value["spent"], value["limit"]
+    table = Table(box=box.SIMPLE_HEAD, title=f"Ledger of {value['site']}", title_style="bold")
+    for name in ("study", "patients", "rounds", "from", "to", "epsilon", "state"):
+        table.add_column(name, justify="right" if name in {"rounds", "epsilon"} else "left")
+    for study in value["studies"]:
+        table.add_row(
+            study["study"][:12],
+            study["population"],
+            str(study["releases"]),
+            study["first"][:16].replace("T", " "),
+            study["last"][:16].replace("T", " "),
+            number(study["epsilon"], 3),
+            study["state"],
+        )
+    _OUT.print(table)
+    share = min(1.0, spent["epsilon"] / limit)
+    full = round(40 * share)
+    _OUT.print(
+        f"a patient's total: epsilon {spent['epsilon']:.3f} of {limit:g}  "
+        f"[green]{'█' * full}[/green][dim]{'░' * (40 - full)}[/dim] {share:.0%}"
+    )
+    _OUT.print(
+        f"delta {spent['delta']:g}, per {spent['unit']}, {spent['neighboring_relation']}, "
+        f"{spent['accountant'].upper()}; RDP says {spent['epsilon_rdp']:.3f}; all studies jointly"
+    )
+    if value["simulated"]:
+        _OUT.print(
+            "[yellow]a simulated site: noise came from a seed, nothing here is private[/yellow]"
+        )
+
+
+def show_demo() -> Show:
+    """What the demo prints, stage by stage."""
+    progress = _bar() if _ERR.is_terminal else None
+
+    def show(stage: str, value: Mapping[str, Any]) -> None:
+        if stage == "progress" and progress is not None:
+            if not progress.live.is_started:
+                progress.start()
+            if not progress.tasks:
+                progress.add_task("", total=value["total"])
+            progress.update(
+                progress.tasks[0].id, completed=value["done"], description=value["what"]
+            )
+        elif stage != "progress":
+            if progress is not None:
+                progress.stop()
+            _SHOWS[stage](value)
+
+    return show
+
+
+def _show_hospitals(value: Mapping[str, Any]) -> None:
+    _OUT.print(Panel(value["what"], title="Fedward", border_style="cyan", expand=False))
+    table = Table(box=box.SIMPLE_HEAD, title="The hospitals", title_style="bold")
+    for name in ("hospital", "patients", "with disease", ""):
+        table.add_column(name, justify="right" if name in {"patients", "with disease"} else "left")
+    for site in value["sites"]:
+        share = site["prevalence"]
+        bar = f"[red]{'█' * round(24 * share)}[/red][dim]{'█' * (24 - round(24 * share))}[/dim]"
+        table.add_row(site["name"], str(site["patients"]), f"{share:.0%}", bar)
+    _OUT.print(table)
+
+
+def _show_comparison(value: Mapping[str, Any]) -> None:
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        title="Held-out patients: AUC (accuracy)",
+        title_style="bold",
+        caption=value["caption"],
+        caption_justify="left",
+    )
+    table.add_column("hospital")
+    for column in value["columns"]:
+        table.add_column(column, justify="right")
+    for row in value["rows"]:
+        if row["name"] == "mean":
+            table.add_section()
+        table.add_row(row["name"], *row["cells"], style="bold" if row["name"] == "pooled" else "")
+    _OUT.print(table)
+
+
+def _show_release(value: Mapping[str, Any]) -> None:
+    _OUT.print(
+        f"[bold]Released[/bold]  {value['name']} version {value['version']}, signed: "
+        f"{value['where']}"
+    )
+    _OUT.print(privacy_line(value["privacy"]))
+
+
+def _show_answer(value: Mapping[str, Any]) -> None:
+    fields = ", ".join(f"{name} {given}" for name, given in value["asked"].items())
+    answer = value["answer"]
+    _OUT.print()
+    _OUT.print(f"[bold]One patient, asked of the adapter at {value['url']}[/bold]")
+    _OUT.print(f"  {fields}")
+    _OUT.print(
+        f"  risk of heart disease [bold]{answer['probability']:.1%}[/bold]   "
+        f"model {answer['model_name']} version {answer['model_version']}"
+    )
+    _OUT.print(f"  [dim]{answer['privacy']}[/dim]")
+
+
+def _show_end(value: Mapping[str, Any]) -> None:
+    _OUT.print()
+    _OUT.print(f"report  {value['report']}")
+    _OUT.print(f"ledger  fedward ledger show {value['site']}")
+    _OUT.print(f"done in {value['seconds']:.0f} s")
+
+
+_SHOWS: Mapping[str, Callable[[Mapping[str, Any]], None]] = {
+    "hospitals": _show_hospitals,
+    "comparison": _show_comparison,
+    "release": _show_release,
+    "answer": _show_answer,
+    "end": _show_end,
+}

@@ -1,0 +1,39 @@
+"""One execution of a study: what the round loop and its end share."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from fedward.core.run import RunDirectory
+from fedward.core.study import Study
+from fedward.server.channel import Channel, Reply
+from fedward.server.members import Member
+from fedward.tasks.task import Task
+from fedward.transport.payload import Payload
+
+
+@dataclass(frozen=True, slots=True)
+class Execution:
+    """A study under way with the sites that admitted it.
+
+    Attributes:
+        deadline: Seconds that a site has for one answer.
+    """
+
+    channel: Channel
+    study: Study
+    run: RunDirectory
+    task: Task
+    members: tuple[Member, ...]
+    deadline: float
+
+    def ask_all(
+        self, kind: str, payload: Payload, *, round_number: int
+    ) -> Iterator[tuple[Member, Reply]]:
+        """Send every member the same payload; yield member and reply, sorted by site."""
+        replies = self.channel.ask(
+            kind,
+            {member.node_id: payload for member in self.members},
+            round_number=round_number,
+            deadline=self.deadline,
+        )
+        return zip(self.members, replies, strict=True)

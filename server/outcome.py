@@ -1,0 +1,185 @@
+"""How a run ends: evaluation at the sites, the privacy statement, the release."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from fedward.server.publisher import publish
+from fedward.tasks.task import Sums, Task
+from numpy.typing import NDArray
+
+from fedward.core.errors import UpdateRejected
+from fedward.core.identity import Identity
+from fedward.core.study import Study
+from fedward.server.channel import Reply
+from fedward.server.execution import Execution
+from fedward.server.members import Member
+from fedward.strategies.strategy import Vector
+from fedward.transport.payload import Payload
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What the sites said of the final model.
+
+    Attributes:
+        metrics: As in `metrics.json`: pooled, mean, worst, sites.
+        privacy: The run's privacy statement, a part for each site.
+    """
+
+    metrics: dict[str, Any]
+    privacy: dict[str, Any]
+
+
+def collect_outcome(execution: Execution, parameters: Vector) -> Outcome:
+    """Ask every member for the final model's metrics, as sums, and for what the run has spent."""
+    study, run = execution.study, execution.run
+    request = Payload({"hash": study.hash}, {"parameters": parameters})
+    sums: dict[str, Sums] = {}
+    statements: dict[str, Any] = {}
+    after_last = study.study.rounds + 1
+    for member, reply in execution.ask_all("evaluate.metrics", request, round_number=after_last):
+        try:
+            payload = _read_reply(member, reply)
+            sums[member.site] = _read_sums(member, payload, execution.task)
+            statements[member.site] = payload.record["privacy"]
+        except (UpdateRejected, KeyError) as error:
+            run.event("not evaluated", site=member.site, reason=str(error))
+            continue
+        run.event("evaluated", site=member.site)
+    metrics = summarise_sites(execution.task, sums)
+    return Outcome(metrics, _statement(study, execution.members, statements))
+
+
+def summarise_sites(task: Task, sums: Mapping[str, Sums]) -> dict[str, Any]:
+    """Metrics of each site, of all patients pooled, their mean over sites and the worst site."""
+    sites = {site: task.summarise(part) for site, part in sums.items()}
+    if not sites:
+        return {"pooled": {}, "mean": {}, "worst": {}, "sites": {}}
+    pooled = {
+        name: np.sum([part[name] for part in sums.values()], axis=0)
+        for name in next(iter(sums.values()))
+    }
+    names = [name for name in next(iter(sites.values())) if name != "num_examples"]
+    means = {name: _mean([site.get(name) for site in sites.values()]) for name in names}
+    metrics: dict[str, Any] = {"pooled": task.summarise(pooled), "mean": means, "sites": sites}
+    ranked = [(values["auroc"], site) for site, values in sites.items() if "auroc" in values]
+    known = [(value, site) for value, site in ranked if np.isfinite(value)]
+    metrics["worst"] = {"site": min(known)[1], "auroc": min(known)[0]} if known else {}
+    return metrics
+
+
+def publish_outcome(
+    execution: Execution,
+    parameters: Vector,
+    outcome: Outcome,
+    *,
+    registry: Path,
+    publisher: Identity,
+    seconds: float,
+) -> dict[str, Any]:
+    """Publish the release, hand it to every site, and close the run directory."""
+    study, run = execution.study, execution.run
+    training = {
+        "run": run.path.name,
+        "rounds": study.study.rounds,
+        "seconds": seconds,
+        "sites": {member.site: {"weight": member.weight} for member in execution.members},
+        "manifest": run.read_json("manifest.json"),
+    }
+    release = publish(
+        registry=registry,
+        study=study,
+        task=execution.task,
+        parameters=parameters,
+        fitted=None,
+        privacy=outcome.privacy,
+        metrics=outcome.metrics,
+        training=training,
+        identity=publisher,
+    )
+    copy = run.adopt_release(release)
+    run.event("published", release=str(copy.name), version=release.name)
+    _send_release(execution, release)
+    result = {
+        "run": str(run.path),
+        "study": study.study.name,
+        "rounds": study.study.rounds,
+        "seconds": seconds,
+        "metrics": outcome.metrics,
+        "privacy": outcome.privacy,
+        "release": str(copy),
+    }
+    run.write_json("metrics.json", result)
+    run.event("finished", seconds=seconds)
+    return result
+
+
+def _send_release(execution: Execution, release: Path) -> None:
+    files: dict[str, NDArray[Any]] = {
+        path.relative_to(release).as_posix(): np.frombuffer(path.read_bytes(), np.uint8)
+        for path in sorted(release.rglob("*"))
+        if path.is_file()
+    }
+    request = Payload({"hash": execution.study.hash, "release": release.name}, files)
+    end = execution.study.study.rounds + 2
+    for member, reply in execution.ask_all("query.publish", request, round_number=end):
+        if reply.payload is None:
+            reason = str(reply.problem)
+            execution.run.event("release not accepted", site=member.site, reason=reason)
+        else:
+            execution.run.event("release accepted", site=member.site)
+
+
+def _read_reply(member: Member, reply: Reply) -> Payload:
+    if reply.payload is None:
+        raise UpdateRejected(site=member.site, reason=str(reply.problem))
+    if reply.payload.record.get("site") != member.site:
+        raise UpdateRejected(site=member.site, reason="it answers as another site")
+    return reply.payload
+
+
+def _read_sums(member: Member, payload: Payload, task: Task) -> Sums:
+    expected = {name: array.shape for name, array in task.no_metrics().items()}
+    given = {name: array.shape for name, array in payload.arrays.items()}
+    if given != expected or not all(np.isfinite(a).all() for a in payload.arrays.values()):
+        raise UpdateRejected(site=member.site, reason="its metrics have another form")
+    return {name: array.astype(np.float64) for name, array in payload.arrays.items()}
+
+
+def _statement(
+    study: Study, members: Sequence[Member], statements: Mapping[str, Any]
+) -> dict[str, Any]:
+    simulated = sorted(member.site for member in members if member.simulated)
+    silent = sorted(member.site for member in members if member.site not in statements)
+    privacy = study.privacy
+    if privacy.mode == "none":
+        why = "trained without privacy, as the study acknowledges"
+    elif simulated:
+        why = "simulated: sampling and noise were drawn from the study's seed"
+    elif silent:
+        why = f"no statement from {', '.join(silent)}"
+    else:
+        why = None
+    statement: dict[str, Any] = {
+        "mode": privacy.mode,
+        "private": why is None,
+        "unit": privacy.unit,
+        "delta": privacy.delta,
+        "neighboring_relation": "add-or-remove-one",
+        "accountant": "pld",
+        "adversary": "anyone who sees all that the sites send, the coordinator included",
+        "sites": dict(statements),
+    }
+    if why is not None:
+        statement["why_not_private"] = why
+    if privacy.mode != "none":
+        statement |= {"asked_epsilon": privacy.epsilon, "clip_norm": privacy.clip_norm}
+    return statement
+
+
+def _mean(values: Sequence[float | None]) -> float:
+    known = [value for value in values if value is not None and np.isfinite(value)]
+    return float(np.mean(known)) if known else float("nan")

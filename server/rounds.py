@@ -1,0 +1,182 @@
+"""The round loop: admit, train round by round, evaluate, publish."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from fedward.tasks.parameters import to_vector
+from fedward.tasks.registry import get_task
+
+from fedward.core.canonical import digest
+from fedward.core.errors import AggregationAborted, ConfigError, UpdateRejected
+from fedward.core.identity import Identity
+from fedward.core.run import RunDirectory
+from fedward.core.study import Study
+from fedward.server.channel import Channel, Reply
+from fedward.server.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from fedward.server.execution import Execution
+from fedward.server.members import Member, admit
+from fedward.server.outcome import collect_outcome, publish_outcome
+from fedward.strategies.averaging import IterateAverage
+from fedward.strategies.registry import make_strategy
+from fedward.strategies.strategy import State, Strategy, Vector
+from fedward.transport.payload import Payload
+
+_POLL_NODES = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What a coordinator is told beside the study.
+
+    Attributes:
+        registry: Folder of releases.
+        sites: How many sites to wait for before the study is sent.
+        patience: Seconds to wait for them.
+        deadline: Seconds that a site has for one answer.
+    """
+
+    registry: Path
+    sites: int
+    patience: float = 120.0
+    deadline: float = 600.0
+
+
+def coordinate(
+    channel: Channel, study: Study, run: RunDirectory, *, settings: Settings, publisher: Identity
+) -> dict[str, Any]:
+    """Run a study to its release; what is on disk of an earlier try is gone on from.
+
+    Returns:
+        What `metrics.json` holds.
+
+    Raises:
+        ConfigError: The study asks for what cannot be had; nothing was sent.
+        AggregationAborted: A round is void.
+    """
+    started = time.monotonic()
+    refuse_impossible(study)
+    task = get_task(study.study.task)
+    strategy = make_strategy(study.strategy.name, study.strategy.args)
+    model = task.model(study.model.name, **study.model.args)
+    checkpoint = load_checkpoint(run.path / "checkpoints", study_hash=study.hash) or Checkpoint(
+        round_number=0,
+        study_hash=study.hash,
+        state=strategy.init(to_vector(model)),
+        average=IterateAverage.over_last(study.strategy.average_last, rounds=study.study.rounds),
+    )
+    run.event("started", study=study.study.name, hash=study.hash, rounds=study.study.rounds)
+    _wait_for_sites(channel, settings)
+    members = admit(channel, study, run, deadline=settings.deadline)
+    execution = Execution(channel, study, run, task, members, settings.deadline)
+    checkpoint = _train(execution, strategy, checkpoint)
+    parameters = checkpoint.average.released(checkpoint.state.parameters)
+    outcome = collect_outcome(execution, parameters)
+    return publish_outcome(
+        execution,
+        parameters,
+        outcome,
+        registry=settings.registry,
+        publisher=publisher,
+        seconds=round(time.monotonic() - started, 3),
+    )
+
+
+def refuse_impossible(study: Study) -> None:
+    """Check, before anything is sent, that the study's lines go together.
+
+    Raises:
+        ConfigError: Two lines are in conflict; both are named.
+    """
+    strategy = make_strategy(study.strategy.name, study.strategy.args)
+    if study.aggregation.secure and strategy.needs == "each":
+        raise ConfigError(
+            f'[strategy] name = "{study.strategy.name}" must see every single update, and '
+            "[aggregation] secure = true shows only their sum; change one of the two lines",
+            file="study",
+        )
+    if study.privacy.mode in {"distributed", "central"}:
+        raise ConfigError(
+            f'= "{study.privacy.mode}" cannot be run by this version; use mode = "local"',
+            file="study",
+            key="[privacy] mode",
+        )
+    if study.aggregation.secure:
+        raise ConfigError(
+            '= true cannot be run by this version; use secure = false with mode = "local", '
+            "where every update carries its own noise",
+            file="study",
+            key="[aggregation] secure",
+        )
+
+
+def _wait_for_sites(channel: Channel, settings: Settings) -> None:
+    until = time.monotonic() + settings.patience
+    while len(channel.node_ids()) < settings.sites and time.monotonic() < until:
+        time.sleep(_POLL_NODES)
+
+
+def _train(execution: Execution, strategy: Strategy, checkpoint: Checkpoint) -> Checkpoint:
+    study, run = execution.study, execution.run
+    for round_number in range(checkpoint.round_number + 1, study.study.rounds + 1):
+        begun = time.monotonic()
+        state, survivors = _one_round(execution, strategy, checkpoint.state, round_number)
+        checkpoint = Checkpoint(
+            round_number,
+            study.hash,
+            state,
+            checkpoint.average.add(state.parameters, round_number=round_number),
+        )
+        save_checkpoint(run.path / "checkpoints", checkpoint)
+        run.event(
+            "round",
+            round=round_number,
+            of=study.study.rounds,
+            sites=survivors,
+            seconds=round(time.monotonic() - begun, 4),
+            parameters=digest(state.parameters.tobytes())[:16],
+        )
+    return checkpoint
+
+
+def _one_round(
+    execution: Execution, strategy: Strategy, state: State, round_number: int
+) -> tuple[State, int]:
+    request = Payload(
+        {
+            "hash": execution.study.hash,
+            "round": round_number,
+            "instructions": dict(strategy.instructions(state)),
+        },
+        {"parameters": state.parameters},
+    )
+    missing: list[str] = []
+    for member, reply in execution.ask_all("train.update", request, round_number=round_number):
+        try:
+            update = _read_update(member, reply, round_number, state)
+        except UpdateRejected as error:
+            execution.run.event("failed", round=round_number, site=member.site, reason=error.reason)
+            missing.append(member.site)
+            continue
+        state = strategy.fold(state, update, member.weight)
+    survivors = len(execution.members) - len(missing)
+    threshold = execution.study.aggregation.min_sites
+    if survivors < threshold:
+        raise AggregationAborted(round_number=round_number, missing=missing, threshold=threshold)
+    return strategy.finish(state), survivors
+
+
+def _read_update(member: Member, reply: Reply, round_number: int, state: State) -> Vector:
+    if reply.payload is None:
+        raise UpdateRejected(site=member.site, reason=str(reply.problem))
+    record, arrays = reply.payload.record, reply.payload.arrays
+    if record.get("site") != member.site or record.get("round") != round_number:
+        raise UpdateRejected(site=member.site, reason="it answers another round or as another site")
+    update = arrays.get("update")
+    if update is None or update.dtype != np.float32 or update.shape != state.parameters.shape:
+        raise UpdateRejected(site=member.site, reason="its update has another type or shape")
+    if not np.isfinite(update).all():
+        raise UpdateRejected(site=member.site, reason="its update is not finite")
+    return update

@@ -1,0 +1,243 @@
+"""`report.html`: one page about a run, without a request to anywhere."""
+
+import html
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fedward.core.errors import RunError
+from fedward.core.files import write_atomic
+from fedward.core.run import RunDirectory
+from fedward.core.study import load_study
+from fedward.privacy.accounting import dp_sgd_event, privacy_spent
+from fedward.simulations import pictures
+
+_PAGE = """\
+<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+:root {{ color-scheme: light; }}
+body {{ font: 16px/1.5 system-ui, "Segoe UI", Helvetica, Arial, sans-serif; color: #1f2a37;
+  background: #f8fafb; margin: 0; }}
+main {{ max-width: 60rem; margin: 0 auto; padding: 2.5rem 1.5rem 4rem; }}
+h1 {{ font-size: 1.7rem; margin: 0; }}
+h2 {{ font-size: 1.1rem; margin: 2.4rem 0 .6rem; }}
+svg {{ max-width: 100%; height: auto; display: block; margin: 0 auto; }}
+.sub {{ color: #6b7280; margin: .2rem 0 1.6rem; }}
+.cards {{ display: grid; gap: .8rem; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); }}
+.card, .panel, pre {{ background: #fff; border: 1px solid #e5e7eb; border-radius: .6rem;
+  padding: .8rem 1rem; overflow-x: auto; }}
+.card b {{ display: block; font-size: 1.45rem; line-height: 1.3; }}
+.card span {{ color: #6b7280; font-size: .82rem; }}
+.note {{ border-left: 4px solid #b45309; background: #fffbeb; padding: .6rem 1rem;
+  margin: 1.2rem 0; border-radius: 0 .4rem .4rem 0; }}
+.pair {{ display: grid; gap: .8rem; grid-template-columns: repeat(auto-fit, minmax(20rem, 1fr)); }}
+.pair h2 {{ margin-top: 0; }}
+table {{ border-collapse: collapse; width: 100%; font-size: .92rem;
+  font-variant-numeric: tabular-nums; }}
+th, td {{ text-align: right; padding: .38rem .6rem; border-bottom: 1px solid #eef0f3;
+  white-space: nowrap; }}
+th {{ color: #6b7280; font-weight: 600; }}
+th:first-child, td:first-child {{ text-align: left; }}
+tr.strong td {{ font-weight: 600; }}
+pre {{ font-size: .82rem; line-height: 1.45; }}
+details summary {{ cursor: pointer; color: #0f766e; margin: .8rem 0; }}
+.small {{ color: #6b7280; font-size: .85rem; white-space: pre-line; }}
+</style>
+<main>
+{body}
+</main>
+</html>
+"""
+
+
+def write_report(run: RunDirectory) -> Path:
+    """Write `report.html` into a finished run's folder.
+
+    Raises:
+        RunError: The run has no result yet.
+    """
+    path = run.path / "report.html"
+    write_atomic(path, _page(run, comparison=None))
+    return path
+
+
+def write_demo_report(folder: Path, run: RunDirectory, comparison: Mapping[str, Any]) -> Path:
+    """Write the demo's `report.html`: the private run beside what it is compared with."""
+    path = folder / "report.html"
+    write_atomic(path, _page(run, comparison=comparison))
+    return path
+
+
+def _page(run: RunDirectory, *, comparison: Mapping[str, Any] | None) -> str:
+    metrics = run.read_json("metrics.json")
+    manifest = run.read_json("manifest.json")
+    study = load_study(run.path / "study.toml")
+    privacy = metrics["privacy"]
+    about = (
+        f"{study.study.task}, {len(metrics['metrics']['sites'])} hospitals, "
+        f"{study.study.rounds} rounds in {metrics['seconds']:.1f} s"
+    )
+    body = [f"<h1>{_e(study.study.name)}</h1>", f'<p class="sub">{_e(about)}</p>', _cards(metrics)]
+    if not privacy["private"]:
+        body.append(f'<p class="note"><b>Not private.</b> {_e(privacy["why_not_private"])}.</p>')
+    results = comparison["results"] if comparison else {study.study.name: metrics["metrics"]}
+    quality = _panel("Quality at each hospital", pictures.auc_by_hospital(results))
+    body.append(f'<div style="margin-top:.8rem">{quality}</div>')
+    if comparison is not None:
+        body.append(_comparison(comparison))
+    else:
+        body.append(_sites(metrics))
+    body.append(_pair(run, privacy))
+    if privacy["mode"] != "none":
+        body.append(_statement(privacy))
+    body.append(_events(run))
+    body.append("<h2>To repeat it</h2>")
+    versions = ", ".join(f"{name} {value}" for name, value in manifest["versions"].items())
+    body.append(
+        f'<p class="small">study hash {_e(manifest["study_hash"])}\n'
+        f"seed {manifest['seed']}, runtime {_e(manifest['runtime'])}, "
+        f"Python {_e(manifest['python'])}\n{_e(versions)}</p>"
+    )
+    text = (run.path / "study.toml").read_text(encoding="utf-8")
+    body.append(f"<details><summary>study.toml</summary><pre>{_e(text)}</pre></details>")
+    return _PAGE.format(title=_e(f"{study.study.name}: report"), body="\n".join(body))
+
+
+def _cards(metrics: Mapping[str, Any]) -> str:
+    measured, privacy = metrics["metrics"], metrics["privacy"]
+    worst = measured["worst"]
+    cards = [
+        (_f(measured["pooled"].get("auroc")), "AUC, all held-out patients"),
+        (_f(measured["mean"].get("auroc")), "AUC, mean of hospitals"),
+        (_f(worst.get("auroc")), f"worst hospital: {worst.get('site', '–')}"),
+    ]
+    spent = [site["epsilon"] for site in privacy["sites"].values() if "epsilon" in site]
+    if spent:
+        cards.append((_f(max(spent), 2), f"epsilon, delta {privacy['delta']:g}, per patient"))
+    else:
+        cards.append(("none", "privacy"))
+    cells = "".join(
+        f'<div class="card"><b>{_e(value)}</b><span>{_e(label)}</span></div>'
+        for value, label in cards
+    )
+    return f'<div class="cards">{cells}</div>'
+
+
+def _comparison(comparison: Mapping[str, Any]) -> str:
+    head = "".join(f"<th>{_e(name)}</th>" for name in ["hospital", *comparison["columns"]])
+    rows = "".join(
+        f"<tr{' class=strong' if row['name'] == 'pooled' else ''}><td>{_e(row['name'])}</td>"
+        + "".join(f"<td>{_e(cell)}</td>" for cell in row["cells"])
+        + "</tr>"
+        for row in comparison["rows"]
+    )
+    return (
+        f'<h2>AUC (accuracy) on held-out patients</h2><div class="panel"><table><tr>{head}</tr>'
+        f'{rows}</table></div><p class="small">{_e(comparison["caption"])}</p>'
+    )
+
+
+def _sites(metrics: Mapping[str, Any]) -> str:
+    rows = "".join(
+        f"<tr><td>{_e(site)}</td><td>{values['num_examples']:.0f}</td>"
+        f"<td>{_f(values['auroc'])}</td><td>{_f(values['accuracy'])}</td></tr>"
+        for site, values in metrics["metrics"]["sites"].items()
+    )
+    return (
+        '<div class="panel"><table><tr><th>hospital</th><th>held-out patients</th><th>AUC</th>'
+        f"<th>accuracy</th></tr>{rows}</table></div>"
+    )
+
+
+def _pair(run: RunDirectory, privacy: Mapping[str, Any]) -> str:
+    try:
+        evaluation = run.read_json("evaluation.json")
+    except RunError:
+        evaluation = {}
+    parts = []
+    histograms = [site["histogram"] for site in evaluation.values() if "histogram" in site]
+    if histograms:
+        total = [
+            [sum(cells) for cells in zip(*rows, strict=True)]
+            for rows in zip(*histograms, strict=True)
+        ]
+        parts.append(_panel("Calibration", pictures.calibration(total)))
+    asked = privacy.get("asked_epsilon")
+    if asked is not None:
+        rounds, curves = _epsilon_curves(run, privacy)
+        if rounds:
+            parts.append(_panel("Privacy spent", pictures.budget(rounds, curves, asked)))
+    return f'<div class="pair" style="margin-top:.8rem">{"".join(parts)}</div>' if parts else ""
+
+
+def _epsilon_curves(
+    run: RunDirectory, privacy: Mapping[str, Any]
+) -> tuple[list[int], dict[str, list[float]]]:
+    done = max((e["round"] for e in run.events() if e["event"] == "round"), default=0)
+    if not done:
+        return [], {}
+    marks = sorted({max(1, round(done * share / 8)) for share in range(1, 9)} | {1})
+    curves = {}
+    for site, statement in privacy["sites"].items():
+        per_round = statement["steps"] // done
+        curves[site] = [
+            privacy_spent(
+                dp_sgd_event(
+                    noise_multiplier=statement["noise_multiplier"],
+                    sample_rate=statement["sample_rate"],
+                    steps=per_round * mark,
+                ),
+                delta=privacy["delta"],
+                unit=privacy["unit"],
+            ).epsilon
+            for mark in marks
+        ]
+    return marks, curves
+
+
+def _statement(privacy: Mapping[str, Any]) -> str:
+    rows = "".join(
+        f"<tr><td>{_e(site)}</td><td>{_f(s['epsilon'], 3)}</td><td>{_f(s['epsilon_rdp'], 3)}</td>"
+        f"<td>{s['noise_multiplier']:.3f}</td><td>{s['sample_rate']:.3g}</td><td>{s['steps']}</td></tr>"
+        for site, s in privacy["sites"].items()
+    )
+    return (
+        '<h2>Privacy statement</h2><div class="panel"><table><tr><th>hospital</th>'
+        "<th>epsilon (PLD)</th><th>epsilon (RDP)</th><th>noise multiplier</th>"
+        f"<th>sample rate</th><th>steps</th></tr>{rows}</table></div>"
+        f'<p class="small">delta {privacy["delta"]:g}, per {_e(privacy["unit"])}, '
+        f"{_e(privacy['neighboring_relation'])}, clip norm {privacy['clip_norm']:g}. Both figures "
+        "are upper bounds; the smaller is claimed. Holds against "
+        f"{_e(privacy['adversary'])}. Held-out patients are covered at the same epsilon by "
+        "noise on the metrics that the hospitals report.</p>"
+    )
+
+
+def _events(run: RunDirectory) -> str:
+    told = {"refused", "failed", "not evaluated", "release not accepted", "aborted"}
+    troubles = [event for event in run.events() if event["event"] in told]
+    if not troubles:
+        return ""
+    items = "".join(
+        f"<tr><td>{_e(event['event'])}</td><td>{_e(str(event.get('round', '')))}</td>"
+        f"<td>{_e(str(event.get('site') or event.get('node') or ''))}</td>"
+        f'<td style="text-align:left;white-space:normal">{_e(str(event["reason"]))}</td></tr>'
+        for event in troubles
+    )
+    return f'<h2>What went wrong on the way</h2><div class="panel"><table>{items}</table></div>'
+
+
+def _panel(title: str, picture: str) -> str:
+    return f'<div class="panel"><h2 style="margin-top:0">{_e(title)}</h2>{picture}</div>'
+
+
+def _f(value: float | None, digits: int = 3) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def _e(text: str) -> str:
+    return html.escape(str(text))

@@ -1,0 +1,1 @@
+"""What crosses the wire: our payloads as Flower records. Shared by server and client."""
