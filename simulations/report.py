@@ -27,7 +27,8 @@ h1 {{ font-size: 1.7rem; margin: 0; }}
 h2 {{ font-size: 1.1rem; margin: 2.4rem 0 .6rem; }}
 svg {{ max-width: 100%; height: auto; display: block; margin: 0 auto; }}
 .sub {{ color: #6b7280; margin: .2rem 0 1.6rem; }}
-.cards {{ display: grid; gap: .8rem; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); }}
+.cards {{ display: grid; gap: .8rem;
+  grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); }}
 .card, .panel, pre {{ background: #fff; border: 1px solid #e5e7eb; border-radius: .6rem;
   padding: .8rem 1rem; overflow-x: auto; }}
 .card b {{ display: block; font-size: 1.45rem; line-height: 1.3; }}
