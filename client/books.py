@@ -3,11 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from fedward.client.sources import read_source
-from fedward.tasks.registry import get_task
-
 from fedward.client.local_site import LocalSite
+from fedward.client.sources import read_source
 from fedward.core.errors import LedgerCorrupt
+from fedward.tasks.registry import get_task
 
 
 def check_site(file: Path) -> dict[str, Any]:

@@ -14,19 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from fedward.client.sources import read_source, split
 from fedward.client.training import train
 from fedward.core.release import receive_release
 from fedward.privacy.ledger import Ledger
-from fedward.tasks.parameters import from_vector, to_vector
-from fedward.tasks.registry import get_task
-from fedward.tasks.task import Examples, Task
 from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save as save_arrays
 from torch import nn
 
 from fedward.client.admission import check_policy
 from fedward.client.plan import SitePlan, plan_site, training_plan
+from fedward.client.sources import read_source, split
 from fedward.core.canonical import canonical_json, digest
 from fedward.core.errors import AdmissionRefused, UpdateRejected
 from fedward.core.files import write_atomic
@@ -44,6 +41,9 @@ from fedward.privacy.accounting import (
 from fedward.privacy.mechanisms import secure_source, simulated_source
 from fedward.privacy.mechanisms.noise import NoiseSource
 from fedward.strategies.strategy import Vector
+from fedward.tasks.parameters import from_vector, to_vector
+from fedward.tasks.registry import get_task
+from fedward.tasks.task import Examples, Task
 from fedward.transport.payload import Payload
 
 _HELD_OUT = "held-out"
@@ -180,12 +180,13 @@ class LocalSite:
         task = get_task(study.study.task)
         model = self._model(task, study, request)
         _, examples = self.examples(task, study)
-        sums = {
-            name: np.asarray(array, np.float64)
-            for name, array in evaluate_model(task, model, examples).items()
-        }
-        privacy: dict[str, Any] = {"private": False}
-        if study.privacy.mode != "none":
+        exact = evaluate_model(task, model, examples)
+        if study.privacy.mode == "none":
+            sums, privacy = exact, {"private": False}
+        else:
+            sums = {
+                name: np.asarray(a, np.float64) for name, a in task.private_metrics(exact).items()
+            }
             asked = digest(request.arrays["parameters"].tobytes())
             noise_multiplier = self._evaluation_noise(study)
             event = gaussian_event(noise_multiplier)

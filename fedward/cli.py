@@ -151,9 +151,12 @@ def status(run: RunFolder, json_output: Json = False) -> None:
 def tasks(json_output: Json = False) -> None:
     """List the tasks that can be studied."""
     from fedward.console import print_tasks
-    from fedward.tasks.registry import describe_tasks
+    from fedward.tasks.registry import descriptions, get_task
 
-    values = describe_tasks()
+    values = [
+        {"name": name, "description": line, "models": list(get_task(name).models)}
+        for name, line in descriptions().items()
+    ]
     if json_output:
         _emit({"tasks": values})
     else:

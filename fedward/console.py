@@ -86,7 +86,7 @@ def print_result(result: Mapping[str, Any]) -> None:
         table.add_row(
             site,
             f"{values['num_examples']:.0f}",
-            number(values["auroc"]),
+            number(values.get("auroc")),
             number(values["accuracy"]),
             *([number(spent, 2)] if private else []),
         )

@@ -3,12 +3,11 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from fedward.tasks.task import Task
-
 from fedward.core.run import RunDirectory
 from fedward.core.study import Study
 from fedward.server.channel import Channel, Reply
 from fedward.server.members import Member
+from fedward.tasks.task import Task
 from fedward.transport.payload import Payload
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from fedward.server.publisher import publish
-from fedward.tasks.task import Sums, Task
 from numpy.typing import NDArray
 
 from fedward.core.errors import UpdateRejected
@@ -17,6 +17,7 @@ from fedward.server.channel import Reply
 from fedward.server.execution import Execution
 from fedward.server.members import Member
 from fedward.strategies.strategy import Vector
+from fedward.tasks.task import Sums, Task, add_sums
 from fedward.transport.payload import Payload
 
 
@@ -39,36 +40,44 @@ def collect_outcome(execution: Execution, parameters: Vector) -> Outcome:
     request = Payload({"hash": study.hash}, {"parameters": parameters})
     sums: dict[str, Sums] = {}
     statements: dict[str, Any] = {}
+    private = study.privacy.mode != "none"
     after_last = study.study.rounds + 1
     for member, reply in execution.ask_all("evaluate.metrics", request, round_number=after_last):
         try:
             payload = _read_reply(member, reply)
-            sums[member.site] = _read_sums(member, payload, execution.task)
+            sums[member.site] = _read_sums(member, payload, execution.task, private=private)
             statements[member.site] = payload.record["privacy"]
         except (UpdateRejected, KeyError) as error:
             run.event("not evaluated", site=member.site, reason=str(error))
             continue
         run.event("evaluated", site=member.site)
-    metrics = summarise_sites(execution.task, sums)
+    metrics = summarise_sites(execution.task, sums, private=private)
     return Outcome(metrics, _statement(study, execution.members, statements))
 
 
-def summarise_sites(task: Task, sums: Mapping[str, Sums]) -> dict[str, Any]:
-    """Metrics of each site, of all patients pooled, their mean over sites and the worst site."""
-    sites = {site: task.summarise(part) for site, part in sums.items()}
+def summarise_sites(
+    task: Task, sums: Mapping[str, Sums], *, private: bool = False
+) -> dict[str, Any]:
+    """Metrics of each site, of all patients pooled, their mean over sites and the worst site.
+
+    Args:
+        task: Whose metrics.
+        sums: By site, what `Task.metrics` counted.
+        private: The sums are `Task.private_metrics`, with noise.
+    """
+    summarise = task.summarise_private if private else task.summarise
+    sites = {site: summarise(part) for site, part in sums.items()}
     if not sites:
         return {"pooled": {}, "mean": {}, "worst": {}, "sites": {}}
-    pooled = {
-        name: np.sum([part[name] for part in sums.values()], axis=0)
-        for name in next(iter(sums.values()))
+    names = sorted({name for values in sites.values() for name in values} - {"num_examples"})
+    means = {
+        name: float(np.mean([values[name] for values in sites.values() if name in values]))
+        for name in names
     }
-    names = [name for name in next(iter(sites.values())) if name != "num_examples"]
-    means = {name: _mean([site.get(name) for site in sites.values()]) for name in names}
-    metrics: dict[str, Any] = {"pooled": task.summarise(pooled), "mean": means, "sites": sites}
     ranked = [(values["auroc"], site) for site, values in sites.items() if "auroc" in values]
-    known = [(value, site) for value, site in ranked if np.isfinite(value)]
-    metrics["worst"] = {"site": min(known)[1], "auroc": min(known)[0]} if known else {}
-    return metrics
+    worst = {"site": min(ranked)[1], "auroc": min(ranked)[0]} if ranked else {}
+    pooled = summarise(add_sums(sums.values()))
+    return {"pooled": pooled, "mean": means, "worst": worst, "sites": sites}
 
 
 def publish_outcome(
@@ -141,10 +150,12 @@ def _read_reply(member: Member, reply: Reply) -> Payload:
     return reply.payload
 
 
-def _read_sums(member: Member, payload: Payload, task: Task) -> Sums:
-    expected = {name: array.shape for name, array in task.no_metrics().items()}
+def _read_sums(member: Member, payload: Payload, task: Task, *, private: bool) -> Sums:
+    nobody = task.metrics(torch.zeros(0, 1), torch.zeros(0))
+    expected = task.private_metrics(nobody) if private else nobody
+    shapes = {name: np.shape(array) for name, array in expected.items()}
     given = {name: array.shape for name, array in payload.arrays.items()}
-    if given != expected or not all(np.isfinite(a).all() for a in payload.arrays.values()):
+    if given != shapes or not all(np.isfinite(a).all() for a in payload.arrays.values()):
         raise UpdateRejected(site=member.site, reason="its metrics have another form")
     return {name: array.astype(np.float64) for name, array in payload.arrays.items()}
 
@@ -178,8 +189,3 @@ def _statement(
     if privacy.mode != "none":
         statement |= {"asked_epsilon": privacy.epsilon, "clip_norm": privacy.clip_norm}
     return statement
-
-
-def _mean(values: Sequence[float | None]) -> float:
-    known = [value for value in values if value is not None and np.isfinite(value)]
-    return float(np.mean(known)) if known else float("nan")

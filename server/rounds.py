@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from fedward.tasks.parameters import to_vector
-from fedward.tasks.registry import get_task
 
 from fedward.core.canonical import digest
 from fedward.core.errors import AggregationAborted, ConfigError, UpdateRejected
@@ -22,6 +20,8 @@ from fedward.server.outcome import collect_outcome, publish_outcome
 from fedward.strategies.averaging import IterateAverage
 from fedward.strategies.registry import make_strategy
 from fedward.strategies.strategy import State, Strategy, Vector
+from fedward.tasks.parameters import to_vector
+from fedward.tasks.registry import get_task
 from fedward.transport.payload import Payload
 
 _POLL_NODES = 0.2

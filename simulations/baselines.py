@@ -8,8 +8,6 @@ from dataclasses import replace
 
 import numpy as np
 from fedward.client.training import NotPrivate, train
-from fedward.tasks.parameters import from_vector, to_vector
-from fedward.tasks.task import Examples, Task
 
 from fedward.client.plan import plan_site, training_plan
 from fedward.core.site import Site
@@ -17,6 +15,8 @@ from fedward.core.study import Study
 from fedward.privacy.mechanisms import simulated_source
 from fedward.strategies.averaging import IterateAverage
 from fedward.strategies.strategy import Vector
+from fedward.tasks.parameters import from_vector, to_vector
+from fedward.tasks.task import Examples, Task
 
 
 def train_centrally(

@@ -11,9 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from fedward.tasks.parameters import from_vector
-from fedward.tasks.registry import get_task
-from fedward.tasks.task import Examples, Task
 
 from fedward.client.local_site import LocalSite, evaluate_model
 from fedward.core.files import write_atomic
@@ -26,6 +23,9 @@ from fedward.simulations.report import write_demo_report
 from fedward.simulations.simulate import prepare_run, released_parameters, simulate
 from fedward.strategies.strategy import Vector
 from fedward.tasks import datasets
+from fedward.tasks.parameters import from_vector
+from fedward.tasks.registry import get_task
+from fedward.tasks.task import Examples, Task
 
 Show = Callable[[str, Mapping[str, Any]], None]
 
@@ -96,7 +96,7 @@ def run_demo(out: Path | None, *, show: Show | None) -> dict[str, Any]:
     folder = out or _new_folder(Path("runs"))
     tell("hospitals", _describe())
     task = get_task("heart-disease")
-    names = tuple(part.name for part in datasets.partitions("heart-disease"))
+    names = tuple(datasets.partitions("heart-disease"))
     total = 3 + len(names) + 1
     done = 0
 
@@ -173,11 +173,11 @@ def _new_folder(root: Path) -> Path:
 def _describe() -> dict[str, Any]:
     task = get_task("heart-disease")
     sites = []
-    for part in datasets.partitions("heart-disease"):
-        examples = task.prepare(datasets.load("heart-disease", partition=part.name), None)
+    for name in datasets.partitions("heart-disease"):
+        examples = task.prepare(datasets.load("heart-disease", partition=name), None)
         sites.append(
             {
-                "name": part.name,
+                "name": name,
                 "patients": len(examples.labels),
                 "prevalence": float(np.mean(examples.labels)),
             }
@@ -262,7 +262,7 @@ def _compare(
 
 
 def _pair(values: Mapping[str, float]) -> str:
-    return f"{values['auroc']:.3f} ({values['accuracy']:.2f})"
+    return f"{values['auroc']:.3f} ({values['accuracy']:.2f})" if "auroc" in values else "–"
 
 
 def _said(value: object) -> str:

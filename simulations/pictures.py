@@ -37,7 +37,7 @@ def auc_by_hospital(results: Mapping[str, Mapping[str, Any]]) -> str:
     figure, axes = _figure(6.6, 0.62 * len(sites) + 1.1)
     rows = np.arange(len(sites))[::-1]
     for number, (method, result) in enumerate(results.items()):
-        values = [result["sites"][site]["auroc"] for site in sites]
+        values = [result["sites"][site].get("auroc", np.nan) for site in sites]
         offset = 0.24 * (number - (len(results) - 1) / 2) / max(1, len(results) - 1)
         axes.scatter(
             values,

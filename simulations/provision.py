@@ -4,8 +4,6 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedward.tasks.registry import get_task
-
 from fedward.core.canonical import digest
 from fedward.core.errors import ConfigError
 from fedward.core.files import write_atomic
@@ -14,6 +12,7 @@ from fedward.core.run import RunDirectory
 from fedward.core.site import load_site
 from fedward.core.study import Study
 from fedward.tasks import datasets
+from fedward.tasks.registry import get_task
 
 PUBLISHER = Path("keys") / "publisher.pem"
 _LISTING = "sites.txt"
@@ -102,11 +101,11 @@ def _embedded_sites(study: Study, folder: Path) -> list[Path]:
         )
     task = get_task(study.study.task)
     files = []
-    for part in datasets.partitions(task.name):
-        if part.name in study.simulation.leave_out:
+    for name, public_size in datasets.partitions(task.name).items():
+        if name in study.simulation.leave_out:
             continue
-        file = folder / f"{part.name}.toml"
-        write_atomic(file, _site_file(part.name, part.public_size, task.name, study))
+        file = folder / f"{name}.toml"
+        write_atomic(file, _site_file(name, public_size, task.name, study))
         files.append(file)
     return files
 

@@ -5,8 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from fedward.tasks.parameters import from_vector
-from fedward.tasks.registry import get_task
 from flwr.app import Context, RecordDict
 from flwr.common.constant import SUPERLINK_NODE_ID
 
@@ -20,6 +18,8 @@ from fedward.server.checkpoint import load_checkpoint
 from fedward.server.outcome import summarise_sites
 from fedward.simulations.grid import InProcessGrid
 from fedward.simulations.provision import Provisioned, data_fingerprints, provision
+from fedward.tasks.parameters import from_vector
+from fedward.tasks.registry import get_task
 
 Config = Mapping[str, str | int | float | bool]
 

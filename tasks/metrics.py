@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 _NUM_BINS = 1024
 _LARGEST_LOG_ODDS = 10.24
 
+_COARSE_BINS = 20
 _NAMES = ("histogram", "num_examples", "correct", "squared_error", "log_loss")
 
 
@@ -80,10 +81,65 @@ def summarise_binary(sums: Mapping[str, NDArray[np.float64]]) -> dict[str, float
             "log_loss": float(sums["log_loss"]) / num_examples,
             "prevalence": float(histogram[1].sum()) / num_examples,
         }
+    auroc = _auroc(histogram)
+    return summary if auroc is None else summary | {"auroc": auroc}
+
+
+def coarse_histogram(sums: Mapping[str, NDArray[np.float64]]) -> dict[str, NDArray[np.float64]]:
+    """The part of `binary_sums` that is released under privacy.
+
+    Each example adds one to one cell, so that adding or removing it moves the array by exactly 1
+    in L2 norm. Few cells, so that noise on each leaves the metrics readable.
+
+    Returns:
+        `histogram` of shape `(2, 20)`: number of examples by class and probability.
+    """
+    chances = _bin_chances()
+    cells = np.minimum((chances * _COARSE_BINS).astype(np.int64), _COARSE_BINS - 1)
+    coarse = np.zeros((2, _COARSE_BINS))
+    for label in (0, 1):
+        np.add.at(coarse[label], cells, np.asarray(sums["histogram"])[label])
+    return {"histogram": coarse}
+
+
+def summarise_coarse(sums: Mapping[str, NDArray[np.float64]]) -> dict[str, float]:
+    """Metrics of a `coarse_histogram`, which may carry noise.
+
+    Negative cells count as empty. Returns what `summarise_binary` does, less `log_loss`; accuracy
+    and Brier score are as if every example lay in the middle of its cell.
+
+    Raises:
+        ValueError: The histogram does not have its shape.
+    """
+    histogram = np.maximum(np.asarray(sums["histogram"], dtype=np.float64), 0.0)
+    if histogram.shape != (2, _COARSE_BINS):
+        raise ValueError(f"histogram has shape {histogram.shape}, not {(2, _COARSE_BINS)}")
+    total = float(histogram.sum())
+    summary = {"num_examples": total}
+    if total > 0:
+        middle = (np.arange(_COARSE_BINS) + 0.5) / _COARSE_BINS
+        half = _COARSE_BINS // 2
+        correct = histogram[0, :half].sum() + histogram[1, half:].sum()
+        squared = (histogram[0] * middle**2 + histogram[1] * (1 - middle) ** 2).sum()
+        summary |= {
+            "accuracy": float(correct) / total,
+            "brier": float(squared) / total,
+            "prevalence": float(histogram[1].sum()) / total,
+        }
+    auroc = _auroc(histogram)
+    return summary if auroc is None else summary | {"auroc": auroc}
+
+
+def _bin_chances() -> NDArray[np.float64]:
+    centres = ((np.arange(_NUM_BINS) + 0.5) / (_NUM_BINS / 2) - 1) * _LARGEST_LOG_ODDS
+    return 1 / (1 + np.exp(-centres))
+
+
+def _auroc(histogram: NDArray[np.float64]) -> float | None:
     negative, positive = histogram
     pairs = negative.sum() * positive.sum()
-    if pairs > 0:
-        # Mann and Whitney: the share of pairs in the right order; a tie counts half.
-        below = np.cumsum(negative) - negative
-        summary["auroc"] = float((positive * (below + negative / 2)).sum() / pairs)
-    return summary
+    if pairs <= 0:
+        return None
+    # Mann and Whitney: the share of pairs in the right order; a tie counts half.
+    below = np.cumsum(negative) - negative
+    return float((positive * (below + negative / 2)).sum() / pairs)

@@ -15,7 +15,7 @@ _TASKS = {
 }
 _MEMBERS = (
     "name", "schema", "models", "statistics", "fit", "prepare", "model", "loss", "probabilities",
-    "metrics", "summarise", "export_onnx",
+    "metrics", "summarise", "private_metrics", "summarise_private", "export_onnx",
 )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedward.tasks import models, preparation
-from fedward.tasks.metrics import binary_sums, summarise_binary
+from fedward.tasks.metrics import binary_sums, coarse_histogram, summarise_binary, summarise_coarse
 from fedward.tasks.schema import Schema
 from fedward.tasks.task import Examples, Fitted, Sums, Table
 
@@ -60,7 +60,7 @@ class BinaryTabularTask:
             units=units.astype(np.int64).reshape(-1),
         )
 
-    def model(self, name: str, **args: Any) -> "nn.Module":  # noqa: ANN401 (TOML values)
+    def model(self, name: str, **args: Any) -> "nn.Module":
         """See `models.build`."""
         return models.build(name, num_features=self.preparation(None).num_features, **args)
 
@@ -85,6 +85,14 @@ class BinaryTabularTask:
     def summarise(self, sums: Sums) -> dict[str, float]:
         """See `metrics.summarise_binary`."""
         return summarise_binary(sums)
+
+    def private_metrics(self, sums: Sums) -> Sums:
+        """See `metrics.coarse_histogram`; one row a patient, so that a patient adds one."""
+        return coarse_histogram(sums)
+
+    def summarise_private(self, sums: Sums) -> dict[str, float]:
+        """See `metrics.summarise_coarse`."""
+        return summarise_coarse(sums)
 
     def export_onnx(self, model: "nn.Module", fitted: Fitted | None) -> bytes:
         """See `Task.export_onnx`."""

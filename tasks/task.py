@@ -115,7 +115,7 @@ class Task(Protocol):
         """Arrays for training. With None it uses the schema's public ranges: no budget spent."""
         ...
 
-    def model(self, name: str, **args: Any) -> "nn.Module":  # noqa: ANN401 (TOML values)
+    def model(self, name: str, **args: Any) -> "nn.Module":
         """A new model with deterministic initial parameters. Raises `ConfigError`."""
         ...
 
@@ -133,6 +133,17 @@ class Task(Protocol):
 
     def summarise(self, sums: Sums) -> dict[str, float]:
         """Metrics of one site's or all sites' sums: `num_examples`, and what they allow."""
+        ...
+
+    def private_metrics(self, sums: Sums) -> Sums:
+        """The part of `metrics` that noise is added to before it leaves a private study's site.
+
+        Adding or removing one patient moves it, all arrays together, by at most 1 in L2 norm.
+        """
+        ...
+
+    def summarise_private(self, sums: Sums) -> dict[str, float]:
+        """As `summarise`, of `private_metrics` with noise on them."""
         ...
 
     def export_onnx(self, model: "nn.Module", fitted: Fitted | None) -> bytes:
