@@ -40,7 +40,7 @@ def main(grid: Grid, context: Context) -> None:
         )
     except FedwardError as error:
         # Whoever started the run may be another process: this line is how it learns why.
-        run.event("aborted", kind=type(error).__name__, reason=str(error))
+        run.event("aborted", error=type(error).__name__, reason=str(error))
         raise
 
 

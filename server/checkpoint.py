@@ -3,8 +3,10 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
@@ -29,7 +31,9 @@ class Checkpoint:
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     """Write one file, atomically, and drop all but the newest two."""
-    arrays = {f"{_PREFIX}{name}": array for name, array in checkpoint.state.memory.items()}
+    arrays: dict[str, NDArray[Any]] = {
+        f"{_PREFIX}{name}": array for name, array in checkpoint.state.memory.items()
+    }
     arrays["parameters"] = checkpoint.state.parameters
     if checkpoint.average.mean is not None:
         arrays["average"] = checkpoint.average.mean
@@ -76,10 +80,10 @@ def load_checkpoint(folder: Path, *, study_hash: str) -> Checkpoint | None:
     )
 
 
-def _metadata(file: Path) -> dict[str, int | str]:
+def _metadata(file: Path) -> dict[str, Any]:
     # A safetensors file starts with the length of its JSON header (8 bytes, little-endian).
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         header = json.loads(stream.read(length))
-    head: dict[str, int | str] = json.loads(header["__metadata__"]["fedward"])
+    head: dict[str, Any] = json.loads(header["__metadata__"]["fedward"])
     return head

@@ -239,7 +239,7 @@ def _compare(
         whole = task.prepare(datasets.load("heart-disease", partition=name), None)
         unseen[name] = task.summarise(evaluate_model(task, model, whole))["auroc"]
     spent = private.read_json("metrics.json")["privacy"]["sites"]
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name in hospitals.names:
         cells = [_pair(result["sites"][name]) for result in results.values()]
         cells += [f"{unseen[name]:.3f}", f"{spent[name]['epsilon']:.2f}"]

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 INK, MUTED, GRID = "#1f2a37", "#6b7280", "#e5e7eb"
 COLOURS = ("#9ca3af", "#4b5563", "#0f766e", "#b45309", "#7c3aed")
 
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "fedward",
     "font.family": "sans-serif",

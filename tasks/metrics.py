@@ -132,7 +132,7 @@ def summarise_coarse(sums: Mapping[str, NDArray[np.float64]]) -> dict[str, float
 
 def _bin_chances() -> NDArray[np.float64]:
     centres = ((np.arange(_NUM_BINS) + 0.5) / (_NUM_BINS / 2) - 1) * _LARGEST_LOG_ODDS
-    return 1 / (1 + np.exp(-centres))
+    return np.asarray(1 / (1 + np.exp(-centres)), dtype=np.float64)
 
 
 def _auroc(histogram: NDArray[np.float64]) -> float | None:
