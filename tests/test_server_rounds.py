@@ -224,8 +224,8 @@ def test_an_update_that_cannot_be_used_is_left_out(
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"weight": float("nan")}, "malformed|not allowed|signature"),
         ({"weight": -5}, "not allowed"),
+        ({"weight": "heavy"}, "malformed"),
         ({"hash": "0" * 64}, "another study"),
         ({"site": "../etc"}, "not allowed"),
     ],
@@ -235,20 +235,14 @@ def test_an_admission_that_is_not_in_order_is_refused(
 ) -> None:
     class Odd(ASite):
         def terms(self, study_hash: str) -> dict[str, Any]:
-            return super().terms(study_hash) | {k: v for k, v in change.items() if v == v}
+            return super().terms(study_hash) | change
 
     study = study_of(1)
     run = run_of(tmp_path / "run", study)
-    odd = Odd("c", 1.0, weight=change.get("weight", 1.0))
 
-    if odd.weight == odd.weight:
-        go(Wire(ASite("a", 1.0), ASite("b", 1.0), odd), study, run)
-        import re
+    go(Wire(ASite("a", 1.0), ASite("b", 1.0), Odd("c", 1.0)), study, run)
 
-        assert [bool(re.search(reason, said)) for said in reasons(run, "refused")] == [True]
-    else:
-        with pytest.raises(ValueError, match="JSON"):
-            odd.answer("query.admit", Payload({"hash": study.hash}))
+    assert [reason in said for said in reasons(run, "refused")] == [True]
 
 
 def test_a_signature_by_another_key_is_refused(tmp_path: Path) -> None:
