@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 from fedward.client.training import train
-from fedward.core.release import receive_release
 from fedward.privacy.ledger import Ledger
 from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save as save_arrays
@@ -28,6 +27,7 @@ from fedward.core.canonical import canonical_json, digest
 from fedward.core.errors import AdmissionRefused, UpdateRejected
 from fedward.core.files import write_atomic
 from fedward.core.identity import Identity, PublicIdentity
+from fedward.core.inbox import receive_release
 from fedward.core.site import Site, load_site
 from fedward.core.study import Study
 from fedward.core.toml import build
@@ -219,8 +219,8 @@ class LocalSite:
         trusted = PublicIdentity.from_pem((self.file.parent / publisher).read_bytes())
         files = {name: array.tobytes() for name, array in request.arrays.items()}
         store = self.file.parent / self.site.serving.store
-        version = receive_release(files, store=store, trusted=trusted)
-        return Payload({"site": self.site.name, "version": version})
+        release = receive_release(files, store=store, trusted=trusted)
+        return Payload({"site": self.site.name, "version": release.signature.version})
 
     # How
 

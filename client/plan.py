@@ -99,4 +99,5 @@ def training_plan(study: Study, plan: SitePlan) -> TrainingPlan:
         sample_rate=plan.sample_rate,
         expected_batch_size=plan.expected_batch_size,
         guarantee=guarantee,
+        max_records=privacy.max_records,
     )

@@ -168,14 +168,12 @@ def serve(
     store: Annotated[Path, typer.Option(help="The store of verified releases.")],
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port; 0 takes a free one.")] = 8080,
-    publisher: Annotated[
-        Path | None, typer.Option(help="The publisher's public key; by default the store's.")
-    ] = None,
 ) -> None:
     """Verify the newest release of a store and serve it."""
     from fedward.serving.server import serve as run_adapter
+    from fedward.serving.store import Store
 
-    run_adapter(store, host=host, port=port, publisher=publisher)
+    run_adapter(Store(store), host, port)
 
 
 @ledger_app.command("show")
@@ -225,15 +223,15 @@ def registry_verify(
     """Verify a release's signature and digests."""
     from fedward.core.errors import ConfigError
     from fedward.core.identity import PublicIdentity
-    from fedward.core.release import verify_release
+    from fedward.core.release import read_release
 
     try:
         pem = publisher.read_bytes()
     except OSError as error:
         raise ConfigError(f"cannot be read: {error.strerror}", file=str(publisher)) from error
-    verified = verify_release(release, PublicIdentity.from_pem(pem))
+    verified = read_release(release, PublicIdentity.from_pem(pem))
     if json_output:
-        _emit({"release": str(release), "verified": True, "model": verified.model})
+        _emit({"release": str(release), "verified": True, "model": verified.label})
     else:
         sys.stdout.write(f"{release} verifies\n")
 

@@ -117,7 +117,7 @@ def privacy_line(privacy: Mapping[str, Any]) -> str:
         f"{privacy['unit']}, {privacy['neighboring_relation']}, {privacy['accountant'].upper()})"
     )
     if not privacy["private"]:
-        line += f"\n[yellow]not private: {privacy['why_not_private']}[/yellow]"
+        line += f"\n[yellow]not private: {privacy['reason']}[/yellow]"
     return line
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from fedward.server.publisher import publish
+from fedward.server.statement import privacy_statement
 from numpy.typing import NDArray
 
 from fedward.core.errors import UpdateRejected
@@ -163,29 +164,18 @@ def _read_sums(member: Member, payload: Payload, task: Task, *, private: bool) -
 def _statement(
     study: Study, members: Sequence[Member], statements: Mapping[str, Any]
 ) -> dict[str, Any]:
-    simulated = sorted(member.site for member in members if member.simulated)
-    silent = sorted(member.site for member in members if member.site not in statements)
     privacy = study.privacy
-    if privacy.mode == "none":
-        why = "trained without privacy, as the study acknowledges"
-    elif simulated:
-        why = "simulated: sampling and noise were drawn from the study's seed"
-    elif silent:
-        why = f"no statement from {', '.join(silent)}"
-    else:
-        why = None
-    statement: dict[str, Any] = {
+    accounted: dict[str, Any] = {
         "mode": privacy.mode,
-        "private": why is None,
+        "simulated": any(member.simulated for member in members),
         "unit": privacy.unit,
         "delta": privacy.delta,
         "neighboring_relation": "add-or-remove-one",
         "accountant": "pld",
         "adversary": "anyone who sees all that the sites send, the coordinator included",
-        "sites": dict(statements),
+        # A site that said nothing of what it spent leaves the release without a promise.
+        "sites": {member.site: statements.get(member.site, {}) for member in members},
     }
-    if why is not None:
-        statement["why_not_private"] = why
     if privacy.mode != "none":
-        statement |= {"asked_epsilon": privacy.epsilon, "clip_norm": privacy.clip_norm}
-    return statement
+        accounted |= {"asked_epsilon": privacy.epsilon, "clip_norm": privacy.clip_norm}
+    return privacy_statement(accounted)

@@ -84,7 +84,7 @@ def _page(run: RunDirectory, *, comparison: Mapping[str, Any] | None) -> str:
     )
     body = [f"<h1>{_e(study.study.name)}</h1>", f'<p class="sub">{_e(about)}</p>', _cards(metrics)]
     if not privacy["private"]:
-        body.append(f'<p class="note"><b>Not private.</b> {_e(privacy["why_not_private"])}.</p>')
+        body.append(f'<p class="note"><b>Not private.</b> {_e(privacy["reason"])}.</p>')
     results = comparison["results"] if comparison else {study.study.name: metrics["metrics"]}
     quality = _panel("Quality at each hospital", pictures.auc_by_hospital(results))
     body.append(f'<div style="margin-top:.8rem">{quality}</div>')
