@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from fedward.client.training import train
 from fedward.privacy.ledger import Ledger
 from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save as save_arrays
@@ -23,6 +22,7 @@ from torch import nn
 from fedward.client.admission import check_policy
 from fedward.client.plan import SitePlan, plan_site, training_plan
 from fedward.client.sources import read_source, split
+from fedward.client.training import train
 from fedward.core.canonical import canonical_json, digest
 from fedward.core.errors import AdmissionRefused, UpdateRejected
 from fedward.core.files import write_atomic

@@ -5,7 +5,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from fedward.client.training import NotPrivate, Private, TrainingPlan
-
 from fedward.core.errors import AdmissionRefused
 from fedward.core.site import Site
 from fedward.core.study import Study

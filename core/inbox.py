@@ -9,18 +9,17 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
+from fedward.core.release import Release, read_release
+
 from fedward.core.errors import ReleaseRejected
 from fedward.core.files import sync_folder, write_atomic
 from fedward.core.identity import PublicIdentity
-from fedward.core.release import Release, read_release
 
 INBOX, PIN = "inbox", "trusted.pem"
 _MOST_FILES = 64
 
 
-def receive_release(
-    files: Mapping[str, bytes], *, store: Path, trusted: PublicIdentity
-) -> Release:
+def receive_release(files: Mapping[str, bytes], *, store: Path, trusted: PublicIdentity) -> Release:
     """Verify a release's files and put them into the store's inbox.
 
     Args:

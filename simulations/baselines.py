@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
-from fedward.client.training import NotPrivate, train
 
 from fedward.client.plan import plan_site, training_plan
+from fedward.client.training import NotPrivate, train
 from fedward.core.site import Site
 from fedward.core.study import Study
 from fedward.privacy.mechanisms import simulated_source

@@ -71,7 +71,7 @@ def examples_of(*, rows: int = 40, patients: int | None = None, seed: int = 0) -
     )
 
 
-def plan_of(**changes: Any) -> TrainingPlan:  # noqa: ANN401 (any field of the plan)
+def plan_of(**changes: Any) -> TrainingPlan:
     values: dict[str, Any] = {
         "learning_rate": 0.1,
         "steps": 3,

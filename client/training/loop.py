@@ -111,7 +111,7 @@ def sampled_clipped_sum(
         return total.cpu().numpy(), session.sanitised
 
 
-def event_of(plan: TrainingPlan) -> Any:  # noqa: ANN401 (dp_accounting publishes no types)
+def event_of(plan: TrainingPlan) -> Any:
     """What the plan's steps cost a patient, as data; None under `NotPrivate()`."""
     match plan.guarantee:
         case NotPrivate():

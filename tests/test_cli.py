@@ -1,0 +1,168 @@
+"""The command line, as a person or a script meets it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from studies import write_study
+
+CSV = """\
+pid,age,sex,cp,trestbps,chol,fbs,restecg,thalch,exang,oldpeak,slope,ca,thal,num
+"""
+SITE = """\
+[site]
+name = "st-elsewhere"
+[data]
+source = "csv"
+path = "patients.csv"
+patient_id = "pid"
+public_size = 300
+[policy]
+tasks = ["heart-disease"]
+max_epsilon = 8.0
+"""
+
+
+def fedward(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "fedward.cli", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        check=False,
+        timeout=120,
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cli")
+    write_study(folder, rounds=4)
+    done = fedward("simulate", "study.toml", "--out", "run", "--json", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    (folder / "answer.json").write_text(done.stdout)
+    return folder
+
+
+def test_simulate_prints_one_object_that_is_also_on_disk(finished: Path) -> None:
+    answer = json.loads((finished / "answer.json").read_text())
+    on_disk = json.loads((finished / "run" / "metrics.json").read_text())
+
+    assert answer == on_disk
+    assert set(answer["metrics"]) == {"pooled", "mean", "worst", "sites"}
+    assert answer["privacy"]["sites"]["va"]["epsilon"] <= 4.0
+    assert answer["privacy"]["neighboring_relation"] == "add-or-remove-one"
+
+
+def test_a_run_directory_is_self_contained(finished: Path) -> None:
+    names = {path.name for path in (finished / "run").iterdir()}
+
+    assert {
+        "study.toml",
+        "events.jsonl",
+        "metrics.json",
+        "manifest.json",
+        "checkpoints",
+        "release",
+        "report.html",
+    } <= names
+
+
+def test_status_ledger_and_registry_read_what_the_run_wrote(finished: Path) -> None:
+    site = "run/sites/cleveland.toml"
+    status = json.loads(fedward("status", "run", "--json", cwd=finished).stdout)
+    shown = json.loads(fedward("ledger", "show", site, "--json", cwd=finished).stdout)
+    verified = fedward("ledger", "verify", site, cwd=finished)
+    release = fedward(
+        *("registry", "verify", "run/release", "--publisher", "run/keys/publisher.pem.pub"),
+        cwd=finished,
+    )
+
+    assert (status["state"], status["round"]) == ("finished", 4)
+    assert shown["spent"]["epsilon"] == pytest.approx(4.0, abs=0.1)
+    assert shown["simulated"]
+    assert verified.returncode == 0
+    assert "verify" in verified.stdout
+    assert release.returncode == 0, release.stderr
+
+
+def test_a_human_reads_tables(finished: Path) -> None:
+    ledger = fedward("ledger", "show", "run/sites/cleveland.toml", cwd=finished).stdout
+    tasks = fedward("tasks", cwd=finished).stdout
+
+    assert "of 8" in ledger
+    assert "not" in ledger
+    assert "heart-disease" in tasks
+
+
+def test_a_release_with_one_flipped_bit_is_refused(finished: Path, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(finished / "run" / "release", tmp_path / "release")
+    weights = tmp_path / "release" / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+
+    done = fedward(
+        "registry",
+        "verify",
+        "release",
+        "--publisher",
+        finished / "run/keys/publisher.pem.pub",
+        cwd=tmp_path,
+    )
+
+    assert done.returncode == 1
+    assert "model.safetensors" in done.stderr
+    assert len(done.stderr.strip().splitlines()) <= 2
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_misspelt_key_ends_with_1_and_writes_nothing(tmp_path: Path, as_json: bool) -> None:
+    file = write_study(tmp_path)
+    file.write_text(file.read_text().replace("epsilon", "epsilonn"))
+
+    done = fedward("simulate", "study.toml", *(["--json"] if as_json else []), cwd=tmp_path)
+
+    assert done.returncode == 1
+    said = json.loads(done.stdout)["error"]["message"] if as_json else done.stderr
+    assert "study.toml:24: [privacy] epsilonn is not a known key; did you mean `epsilon`?" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["study.toml"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "says"),
+    [
+        (CSV.replace("chol,", "") + "1,60,male\n", "chol"),
+        (CSV, "no "),
+        ("", "empty"),
+    ],
+)
+def test_a_csv_that_cannot_be_used_ends_with_1(tmp_path: Path, rows: str, says: str) -> None:
+    (tmp_path / "site.toml").write_text(SITE)
+    (tmp_path / "patients.csv").write_text(rows)
+
+    done = fedward("site", "check", "site.toml", cwd=tmp_path)
+
+    assert done.returncode == 1
+    assert "patients.csv" in done.stderr
+    assert says in done.stderr
+    assert len(done.stderr.strip().splitlines()) <= 2
+    assert "Traceback" not in done.stderr
+
+
+def test_bad_usage_ends_with_2(tmp_path: Path) -> None:
+    write_study(tmp_path)
+
+    assert fedward("simulate", cwd=tmp_path).returncode == 2
+    assert fedward("simulate", "study.toml", "--runtime", "abacus", cwd=tmp_path).returncode == 2
+
+
+def test_a_run_that_is_not_there_is_said_so(tmp_path: Path) -> None:
+    done = fedward("status", "nowhere", cwd=tmp_path)
+
+    assert done.returncode == 1
+    assert "not a run directory" in done.stderr
