@@ -1,0 +1,178 @@
+"""The publisher: a trained model becomes a signed release in the registry."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedward.core.arrays import write_golden
+from fedward.core.fields import Field, ModelSignature
+from fedward.core.identity import Identity
+from fedward.core.study import Study
+from fedward.server.card import card_html, card_json
+from fedward.server.registry import Registry
+from fedward.server.statement import privacy_statement
+from fedward.server.units import conversions
+
+if TYPE_CHECKING:
+    from fedward.tasks.schema import Field as SchemaField
+    from fedward.tasks.task import Fitted, Task
+    from torch import nn
+
+_GOLDEN_ROWS = 64
+_GOLDEN_MISSING = 0.2  # of the golden inputs' values, so that missing ones are tested too
+# Torch and ONNX Runtime order float32 sums differently; a wrong graph is off by far more.
+GOLDEN_TOLERANCE = 1e-5
+
+
+def publish(
+    *,
+    registry: Path,
+    study: Study,
+    task: "Task",
+    parameters: NDArray[np.float32],
+    fitted: "Fitted | None",
+    privacy: Mapping[str, Any],
+    metrics: Mapping[str, Any],
+    training: Mapping[str, Any],
+    identity: Identity,
+) -> Path:
+    """Publish a model as the next version of the study's name.
+
+    Apart from the signature, equal arguments give equal files.
+
+    Args:
+        registry: The registry's folder.
+        study: What was trained.
+        task: The study's task.
+        parameters: The global model, flat, shape `(num_parameters,)`.
+        fitted: What the task's preparation was fitted to; None for the schema's public ranges.
+        privacy: What was accounted for; see `statement.privacy_statement`.
+        metrics: As in a run's `metrics.json`: `pooled`, `mean`, `worst`, `sites`.
+        training: Facts of the run for `training.json`, such as versions, rounds and sites.
+        identity: The publisher's ECDSA P-256 identity.
+
+    Returns:
+        The release's folder, `registry/NAME/VERSION`.
+
+    Raises:
+        ValueError: An argument is incomplete, or `identity` cannot sign releases.
+    """
+    from fedward.tasks.parameters import from_vector, to_named
+    from safetensors.numpy import save
+
+    model = task.model(study.model.name, **study.model.args)
+    from_vector(model, np.ascontiguousarray(parameters, dtype=np.float32))
+    model.eval()
+    statement = privacy_statement(privacy)
+    facts = {
+        "study": study.study.name,
+        "study_hash": study.hash,
+        "agreed": study.agreed(),
+        "prepared_with": None if fitted is None else dict(fitted),
+        **training,
+    }
+    onnx = task.export_onnx(model, fitted)
+    inputs = golden_inputs(task.schema.features, seed=study.hash)
+    golden = write_golden(inputs, _expected(task, model, inputs, fitted))
+    weights = save(to_named(model), metadata={"format": "np"})
+
+    def build(version: int) -> dict[str, bytes]:
+        signature = ModelSignature(
+            model=study.study.name,
+            version=version,
+            task=task.name,
+            outcome=task.schema.label.description,
+            fields=tuple(_field(field) for field in task.schema.features),
+        )
+        card = card_json(signature, statement=statement, metrics=metrics, training=facts)
+        return {
+            "model.safetensors": weights,
+            "model.onnx": onnx,
+            "signature.json": _pretty(signature.to_json()),
+            "card.json": _pretty(card),
+            "card.html": card_html(card, signature).encode(),
+            "privacy.json": _pretty(statement),
+            "training.json": _pretty(facts),
+            "golden.npz": golden,
+        }
+
+    return Registry(registry).add(study.study.name, build, identity=identity)
+
+
+def golden_inputs(fields: "tuple[SchemaField, ...]", *, seed: str) -> NDArray[np.float32]:
+    """Inputs that no patient gave: uniform over the schema's ranges and codes, some missing.
+
+    Args:
+        fields: The schema's features.
+        seed: Any text; the same gives the same inputs.
+
+    Returns:
+        Shape `(64, len(fields))`; NaN is missing.
+    """
+    rng = np.random.default_rng(int.from_bytes(hashlib.sha256(seed.encode()).digest()[:8]))
+    columns = []
+    for field in fields:
+        if field.allowed is not None:
+            low, high = field.allowed
+            values = rng.uniform(low, high, _GOLDEN_ROWS)
+        else:
+            values = rng.integers(len(_codes(field)), size=_GOLDEN_ROWS).astype(np.float64)
+        values[rng.random(_GOLDEN_ROWS) < _GOLDEN_MISSING] = np.nan
+        columns.append(values)
+    return np.stack(columns, axis=1).astype(np.float32)
+
+
+def _expected(
+    task: "Task", model: "nn.Module", inputs: NDArray[np.float32], fitted: "Fitted | None"
+) -> NDArray[np.float32]:
+    """What the trained model itself says, along the way that training took."""
+    import torch
+    from fedward.tasks.task import Table
+
+    columns = {
+        field.name: inputs[:, i].astype(np.float64) for i, field in enumerate(task.schema.features)
+    }
+    columns[task.schema.label.name] = np.zeros(len(inputs))
+    table = Table(
+        source="golden inputs",
+        patient_ids=tuple(f"golden-{i}" for i in range(len(inputs))),
+        columns=columns,
+    )
+    with torch.no_grad():
+        outputs = model(torch.from_numpy(task.prepare(table, fitted).features))
+        expected = task.probabilities(outputs).numpy().astype(np.float32)
+    return expected.reshape(len(inputs), -1)
+
+
+def _codes(field: "SchemaField") -> dict[str, float]:
+    match field.kind:
+        case "number":
+            return {}
+        case "category":
+            return {name: float(code) for code, name in enumerate(field.categories)}
+        case "flag":
+            return {"no": 0.0, "yes": 1.0}
+
+
+def _field(field: "SchemaField") -> Field:
+    low, high = field.allowed or (None, None)
+    return Field(
+        name=field.name,
+        title=field.description,
+        kind=field.kind,
+        unit=field.unit,
+        low=low,
+        high=high,
+        codes=_codes(field),
+        units=conversions(field.unit, field.loinc),
+        loinc=field.loinc,
+    )
+
+
+def _pretty(value: object) -> bytes:
+    return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False).encode()

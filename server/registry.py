@@ -1,0 +1,92 @@
+"""The registry: a folder of releases, `MODEL/VERSION/`, whole or not there."""
+
+import contextlib
+import fcntl
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedward.core.files import sync_folder
+from fedward.core.identity import Identity
+from fedward.core.release import valid_name, write_release
+
+
+@dataclass(frozen=True, slots=True)
+class Registry:
+    """A folder of releases. Versions of a model are 1, 2, 3, ..., and never used again.
+
+    Args:
+        folder: Made when the first release is added.
+    """
+
+    folder: Path
+
+    def versions(self, model: str) -> tuple[int, ...]:
+        """The versions of `model`, in order."""
+        try:
+            names = [path.name for path in (self.folder / model).iterdir()]
+        except FileNotFoundError:
+            return ()
+        return tuple(sorted(int(name) for name in names if name.isdecimal()))
+
+    def models(self) -> tuple[str, ...]:
+        """Names of all models, in order."""
+        if not self.folder.is_dir():
+            return ()
+        return tuple(sorted(p.name for p in self.folder.iterdir() if valid_name(p.name)))
+
+    def path(self, model: str, version: int) -> Path:
+        """Where a release is."""
+        return self.folder / model / str(version)
+
+    def add(
+        self, model: str, build: Callable[[int], Mapping[str, bytes]], *, identity: Identity
+    ) -> Path:
+        """Publish the next version of `model`.
+
+        The release is written under a temporary name, flushed, and renamed: a reader sees all of
+        it or nothing, and a crash leaves at most a hidden folder that the next call removes.
+
+        Args:
+            model: The model's name.
+            build: Makes the files of the version that it is given.
+            identity: Signs; ECDSA P-256.
+
+        Returns:
+            The release's folder.
+
+        Raises:
+            ValueError: The name, the files or the identity are not what a release takes.
+        """
+        if not valid_name(model):
+            raise ValueError(f"{model!r} cannot name a model: lower-case letters, digits, hyphens")
+        shelf = self.folder / model
+        shelf.mkdir(parents=True, exist_ok=True)
+        with _locked(shelf):
+            for leftover in shelf.glob(".*.tmp"):
+                shutil.rmtree(leftover)
+            version = max(self.versions(model), default=0) + 1
+            temporary = shelf / f".{version}.{secrets.token_hex(8)}.tmp"
+            try:
+                write_release(
+                    temporary, build(version), name=f"{model}/{version}", identity=identity
+                )
+                temporary.rename(self.path(model, version))
+            except BaseException:
+                shutil.rmtree(temporary, ignore_errors=True)
+                raise
+            sync_folder(shelf)
+        return self.path(model, version)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,75 @@
+"""What a release promises about privacy: `privacy.json`, and its one line."""
+
+from collections.abc import Mapping
+from typing import Any
+
+_MECHANISMS = {
+    "none": "none",
+    "local": "DP-SGD at each site: Poisson sampling, clipped gradients, Gaussian noise",
+    "distributed": "discrete noise of all sites, inside a secure sum",
+    "central": "Gaussian noise of a trusted coordinator on clipped site updates",
+}
+_NEEDED = ("mode", "unit", "delta", "neighboring_relation", "accountant", "sites", "simulated")
+
+
+def privacy_statement(privacy: Mapping[str, Any]) -> dict[str, Any]:
+    """Make `privacy.json` of what a run accounted for.
+
+    Args:
+        privacy: `mode` (none, local, distributed or central) and `simulated` (whether noise came
+            from a seed); and unless mode is none: `unit`, `delta`, `neighboring_relation`,
+            `accountant`, and `sites` (site to `epsilon`, ...). More keys are kept.
+
+    Returns:
+        The same with `mechanism`, `epsilon` (the largest over sites), `private`, `reason` (why
+        not, or None), `statement` and `not_covered`.
+
+    Raises:
+        ValueError: A key is missing. There is no default: silence would read as a promise.
+    """
+    mode = privacy.get("mode")
+    if mode not in _MECHANISMS:
+        raise ValueError(f"privacy mode is {mode!r}; allowed: {', '.join(_MECHANISMS)}")
+    needed = ("mode", "simulated") if mode == "none" else _NEEDED
+    missing = [key for key in needed if key not in privacy]
+    if missing:
+        raise ValueError(f"the privacy of a release needs {', '.join(missing)}")
+    sites: Mapping[str, Mapping[str, Any]] = privacy.get("sites") or {}
+    epsilons = [site.get("epsilon") for site in sites.values()]
+    reason: str | None = None
+    if mode == "none":
+        reason = "trained without differential privacy (mode none)"
+    elif privacy["simulated"]:
+        reason = "a simulation: sampling and noise came from a seed, so they protect nobody"
+    elif not epsilons or any(epsilon is None for epsilon in epsilons):
+        reason = "a site's epsilon is not known"
+    known = [float(epsilon) for epsilon in epsilons if epsilon is not None]
+    epsilon = max(known, default=None)
+    statement = {
+        "mechanism": _MECHANISMS[mode],
+        **privacy,
+        "sites": {name: dict(site) for name, site in sites.items()},
+        "epsilon": epsilon,
+        "private": reason is None,
+        "reason": reason,
+        "not_covered": [
+            "the evaluation metrics on the card: exact figures over held-out patients",
+            "the number of examples that each site states",
+        ],
+    }
+    statement["statement"] = _one_line(statement)
+    return statement
+
+
+def _one_line(privacy: Mapping[str, Any]) -> str:
+    spent = ""
+    if privacy["epsilon"] is not None:
+        spent = (
+            f"epsilon {privacy['epsilon']:.2f} at delta {privacy['delta']:g} per "
+            f"{privacy['unit']} ({privacy['neighboring_relation']}, {privacy['accountant']}, "
+            f"{privacy['mode']} mode)"
+        )
+    if privacy["private"]:
+        return f"Differentially private: {spent}."
+    accounted = f" Accounted as if it were real: {spent}." if spent else ""
+    return f"No privacy promise: {privacy['reason']}.{accounted}"

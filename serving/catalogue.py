@@ -1,0 +1,75 @@
+"""The models that are served now: replaced in one step, read without a lock."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedward.core.fields import ModelSignature
+from fedward.serving.engine import Engine
+from fedward.serving.guard import Guard
+from fedward.serving.problems import Problem
+
+
+@dataclass(frozen=True, slots=True)
+class Live:
+    """One served version: whoever holds it answers with it, whatever is promoted meanwhile."""
+
+    engine: Engine
+    guard: Guard
+    privacy: str
+
+    @property
+    def signature(self) -> ModelSignature:
+        """The model's interface."""
+        return self.engine.signature
+
+    def predict(self, inputs: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Guarded probabilities, shape `(n, outputs)`. Raises `Problem`."""
+        self.guard.check(inputs)
+        return self.engine.predict(inputs)
+
+
+class Catalogue:
+    """Name to what is served under it."""
+
+    def __init__(self, engines: Iterable[Engine]) -> None:
+        self._live: dict[str, Live] = {}
+        for engine in engines:
+            self.promote(engine)
+
+    def promote(self, engine: Engine) -> Live:
+        """Serve `engine` under its model's name from the next request on."""
+        live = Live(
+            engine, Guard(engine.signature), privacy=str(engine.release.privacy["statement"])
+        )
+        # A new dict, so that no reader ever sees one that changes under it.
+        self._live = {**self._live, engine.signature.model: live}
+        return live
+
+    def names(self) -> tuple[str, ...]:
+        """Names of the models served."""
+        return tuple(sorted(self._live))
+
+    def get(self, name: str | None = None, version: str | None = None) -> Live:
+        """What is served under a name; None if there is only one.
+
+        Raises:
+            Problem: 404 if it is not served, and what is.
+        """
+        live = self._live
+        if name is None:
+            if len(live) != 1:
+                raise Problem(404, f"name a model: POST /predict/NAME; {self._served()}")
+            return next(iter(live.values()))
+        found = live.get(name)
+        if found is None:
+            raise Problem(404, f"model {name[:64]!r} is not found; {self._served()}")
+        if version is not None and version != str(found.signature.version):
+            raise Problem(404, f"version {version[:16]!r} is not served; {self._served()}")
+        return found
+
+    def _served(self) -> str:
+        served = [f"{n} version {self._live[n].signature.version}" for n in self.names()]
+        return "served: " + (", ".join(served) or "nothing")
