@@ -19,9 +19,10 @@ from fedward.server.statement import privacy_statement
 from fedward.server.units import conversions
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from fedward.tasks.schema import Field as SchemaField
     from fedward.tasks.task import Fitted, Task
-    from torch import nn
 
 _GOLDEN_ROWS = 64
 _GOLDEN_MISSING = 0.2  # of the golden inputs' values, so that missing ones are tested too
@@ -62,8 +63,9 @@ def publish(
     Raises:
         ValueError: An argument is incomplete, or `identity` cannot sign releases.
     """
-    from fedward.tasks.parameters import from_vector, to_named
     from safetensors.numpy import save
+
+    from fedward.tasks.parameters import from_vector, to_named
 
     model = task.model(study.model.name, **study.model.args)
     from_vector(model, np.ascontiguousarray(parameters, dtype=np.float32))
@@ -132,6 +134,7 @@ def _expected(
 ) -> NDArray[np.float32]:
     """What the trained model itself says, along the way that training took."""
     import torch
+
     from fedward.tasks.task import Table
 
     columns = {
