@@ -78,12 +78,15 @@ class RunDirectory:
             if line.endswith("\n"):
                 yield json.loads(line)
 
+    def last_event(self) -> str | None:
+        """The kind of the newest event."""
+        last = list(self.events())[-1:]
+        return str(last[0]["event"]) if last else None
+
     def why_it_ended(self) -> str | None:
         """Why the run ended without a result; None while it goes on, or once it is finished."""
         last = list(self.events())[-1:]
-        if last and last[0]["event"] == "aborted":
-            return str(last[0]["reason"])
-        return None
+        return str(last[0]["reason"]) if last and last[0]["event"] == "aborted" else None
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         """Write one of the run's JSON files, atomically."""

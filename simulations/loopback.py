@@ -42,7 +42,7 @@ clientapp = "fedward.client.app:app"
 [tool.flwr.app.config]
 """
 _UP_WITHIN, _CLI_WITHIN, _RUN_WITHIN = 60.0, 60.0, 1800.0
-_LOOK_EVERY = 0.1
+_LOOK_EVERY, _ASK_EVERY = 0.1, 15.0
 
 
 def run_on_loopback(
@@ -56,13 +56,19 @@ def run_on_loopback(
     with Loopback(run.path.resolve() / "loopback", sites.sites) as deployment:
         deployment.submit(config)
         until = time.monotonic() + _RUN_WITHIN
+        ask_at = time.monotonic() + _ASK_EVERY
         while time.monotonic() < until:
-            reason = run.why_it_ended()
-            if reason is not None:
-                raise RunError(reason)
-            if (run.path / "metrics.json").exists() and deployment.ended():
+            last = run.last_event()
+            if last == "aborted":
+                raise RunError(str(run.why_it_ended()))
+            if last == "finished":
                 return
             deployment.check()
+            if time.monotonic() > ask_at:
+                ask_at = time.monotonic() + _ASK_EVERY
+                if deployment.ended() and run.last_event() != "finished":
+                    logs = deployment.folder / "logs"
+                    raise RunError(f"Flower ended the run without a result; see {logs}")
             time.sleep(_LOOK_EVERY)
         raise RunError(f"the run did not end within {_RUN_WITHIN:.0f} s; see {deployment.folder}")
 
