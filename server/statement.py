@@ -9,6 +9,13 @@ _MECHANISMS = {
     "distributed": "discrete noise of all sites, inside a secure sum",
     "central": "Gaussian noise of a trusted coordinator on clipped site updates",
 }
+_NOT_COVERED = {
+    True: ["anything: weights and metrics are exact"],
+    False: [
+        "what a site declares: its name, its public size, that it takes part",
+        "a patient of several of the sites, who has lost what all of them state together",
+    ],
+}
 _NEEDED = ("mode", "unit", "delta", "neighboring_relation", "accountant", "sites", "simulated")
 
 
@@ -52,10 +59,7 @@ def privacy_statement(privacy: Mapping[str, Any]) -> dict[str, Any]:
         "epsilon": epsilon,
         "private": reason is None,
         "reason": reason,
-        "not_covered": [
-            "the evaluation metrics on the card: exact figures over held-out patients",
-            "the number of examples that each site states",
-        ],
+        "not_covered": _NOT_COVERED[mode == "none"],
     }
     statement["statement"] = _one_line(statement)
     return statement

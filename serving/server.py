@@ -10,6 +10,7 @@ import uvicorn
 from fedward.core.files import write_atomic
 from fedward.serving.app import App
 from fedward.serving.catalogue import Catalogue
+from fedward.serving.inbox import install_inbox
 from fedward.serving.store import Store
 
 _BACKLOG = 2048
@@ -39,6 +40,8 @@ def serve(
 ) -> None:
     """Verify the newest releases of a store and serve them until stopped by SIGINT or SIGTERM.
 
+    Releases that wait in the store's inbox are installed first.
+
     Args:
         store: The hospital's store.
         host: Address to listen on; the default is reachable from this machine only.
@@ -50,6 +53,7 @@ def serve(
         SignatureInvalid: A stored file changed since it was installed.
         OSError: The address cannot be listened on.
     """
+    install_inbox(store)
     names = sorted(store.served())
     catalogue = Catalogue([store.newest(name) for name in names] or [store.newest()])
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
