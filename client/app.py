@@ -8,6 +8,7 @@ from pathlib import Path
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
+from fedward.client.answers import admit_study, evaluate_release, take_release, train_round
 from fedward.client.local_site import LocalSite
 from fedward.core.errors import ConfigError, FedwardError
 from fedward.transport.payload import Payload, pack, unpack
@@ -23,25 +24,25 @@ app = ClientApp()
 @app.query("admit")
 def admit(message: Message, context: Context) -> Message:
     """Hold the study against the site's policy and budget."""
-    return _answer(message, context, LocalSite.admit)
+    return _answer(message, context, admit_study)
 
 
 @app.train("update")
 def train(message: Message, context: Context) -> Message:
     """Train one round."""
-    return _answer(message, context, LocalSite.train)
+    return _answer(message, context, train_round)
 
 
 @app.evaluate("metrics")
 def evaluate(message: Message, context: Context) -> Message:
     """Evaluate a model on held-out patients."""
-    return _answer(message, context, LocalSite.evaluate)
+    return _answer(message, context, evaluate_release)
 
 
 @app.query("publish")
 def accept_release(message: Message, context: Context) -> Message:
     """Take a release into the store."""
-    return _answer(message, context, LocalSite.accept_release)
+    return _answer(message, context, take_release)
 
 
 def _answer(

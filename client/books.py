@@ -3,10 +3,14 @@
 from pathlib import Path
 from typing import Any
 
+from fedward.privacy.ledger import Ledger, Population
+
 from fedward.client.local_site import LocalSite
 from fedward.client.sources import read_source
 from fedward.core.errors import LedgerCorrupt
 from fedward.tasks.registry import get_task
+
+_POPULATIONS: tuple[Population, ...] = ("training", "held-out")
 
 
 def check_site(file: Path) -> dict[str, Any]:
@@ -21,7 +25,7 @@ def check_site(file: Path) -> dict[str, Any]:
         table = read_source(site.site, file, get_task(name))
         read[name] = {"patients": len(set(table.patient_ids)), "rows": len(table.patient_ids)}
     return {
-        "site": site.site.name,
+        "site": site.name,
         "tasks": read,
         "public_size": site.site.data.public_size,
         "max_epsilon": site.site.policy.max_epsilon,
@@ -30,18 +34,47 @@ def check_site(file: Path) -> dict[str, Any]:
 
 
 def ledger_summary(file: Path) -> dict[str, Any]:
-    """What the site's patients have spent, in total and by study."""
+    """What the site's patients have spent, in total and by study, and how it grew."""
     site = _with_ledger(file)
     policy, ledger = site.site.policy, site.ledger
+    populations = {
+        population: ledger.spent(policy.delta, population=population) for population in _POPULATIONS
+    }
+    worst = max(populations.values(), key=lambda spent: spent.epsilon)
     return {
-        "site": site.site.name,
-        "simulated": site.site.site.simulated,
+        "site": site.name,
+        "simulated": site.simulated,
         "limit": policy.max_epsilon,
-        "delta": policy.delta,
-        "spent": ledger.spent(policy.delta).to_json(),
-        "studies": ledger.by_study(policy.delta),
+        "spent": worst.to_json(),
+        "populations": {name: spent.to_json() for name, spent in populations.items()},
+        "studies": _by_study(ledger, policy.delta),
+        "history": [
+            {"time": point.time.isoformat(), "study": point.study, "epsilon": point.epsilon}
+            for point in ledger.history(policy.delta)
+        ],
         "head": ledger.head,
     }
+
+
+def _by_study(ledger: Ledger, delta: float) -> list[dict[str, Any]]:
+    studies: dict[str, dict[str, Any]] = {}
+    for entry in ledger.entries():
+        if entry.kind == "allot":
+            row = {"study": entry.study, "population": entry.population, "rounds": 0}
+            row |= {"first": entry.time.isoformat(), "unsettled": 0}
+            studies.setdefault(entry.study, row)
+        if entry.study not in studies:
+            continue
+        row = studies[entry.study]
+        row["last"] = entry.time.isoformat()
+        if entry.kind == "allot":
+            row["state"] = entry.state
+        if entry.kind == "reserve":
+            row["rounds"] += 1
+            row["unsettled"] += entry.state == "reserved"
+    for study, row in studies.items():
+        row["epsilon"] = ledger.spent_by(study, delta).to_json()["epsilon"]
+    return list(studies.values())
 
 
 def verify_ledger(file: Path) -> dict[str, Any]:
@@ -53,9 +86,9 @@ def verify_ledger(file: Path) -> dict[str, Any]:
     site = _with_ledger(file)
     site.ledger.verify()
     return {
-        "site": site.site.name,
+        "site": site.name,
         "verified": True,
-        "entries": len(list(site.ledger.entries())),
+        "entries": len(site.ledger.entries()),
         "head": site.ledger.head,
     }
 

@@ -9,11 +9,10 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
-from fedward.core.release import Release, read_release
-
 from fedward.core.errors import ReleaseRejected
 from fedward.core.files import sync_folder, write_atomic
 from fedward.core.identity import PublicIdentity
+from fedward.core.release import Release, read_release
 
 INBOX, PIN = "inbox", "trusted.pem"
 _MOST_FILES = 64

@@ -162,7 +162,7 @@ def print_ledger(value: Mapping[str, Any]) -> None:
         table.add_row(
             study["study"][:12],
             study["population"],
-            str(study["releases"]),
+            str(study["rounds"]),
             study["first"][:16].replace("T", " "),
             study["last"][:16].replace("T", " "),
             number(study["epsilon"], 3),

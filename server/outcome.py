@@ -7,8 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from fedward.server.publisher import publish
-from fedward.server.statement import privacy_statement
 from numpy.typing import NDArray
 
 from fedward.core.errors import UpdateRejected
@@ -17,6 +15,8 @@ from fedward.core.study import Study
 from fedward.server.channel import Reply
 from fedward.server.execution import Execution
 from fedward.server.members import Member
+from fedward.server.publisher import publish
+from fedward.server.statement import privacy_statement
 from fedward.strategies.strategy import Vector
 from fedward.tasks.task import Sums, Task, add_sums
 from fedward.transport.payload import Payload

@@ -213,7 +213,7 @@ def _require(method: str, allowed: str) -> None:
         raise Problem(405, f"{method} is not allowed here; use {allowed}")
 
 
-def _dump(value: Any) -> bytes:  # noqa: ANN401 (any JSON value)
+def _dump(value: Any) -> bytes:
     return json.dumps(value).encode()
 
 

@@ -3,10 +3,9 @@
 import shutil
 import sys
 
-from fedward.serving.store import Store
-
 from fedward.core.errors import FedwardError
 from fedward.core.inbox import waiting
+from fedward.serving.store import Store
 
 
 def install_inbox(store: Store) -> list[str]:

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from fedward.client.local_site import LocalSite, evaluate_model
+from fedward.client.answers import evaluate_model
+from fedward.client.local_site import LocalSite
 from fedward.core.files import write_atomic
 from fedward.core.run import RunDirectory
 from fedward.core.study import Study, load_study

@@ -8,8 +8,9 @@ import numpy as np
 from flwr.app import Context, RecordDict
 from flwr.common.constant import SUPERLINK_NODE_ID
 
+from fedward.client.answers import evaluate_model
 from fedward.client.app import app as client_app
-from fedward.client.local_site import LocalSite, evaluate_model
+from fedward.client.local_site import LocalSite
 from fedward.core.errors import RunError
 from fedward.core.run import RunDirectory, manifest
 from fedward.core.study import Study, load_study

@@ -1,0 +1,209 @@
+"""A site's answers to what a coordinator may ask: admit, train, evaluate, take a release."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from fedward.client.admission import check_policy
+from fedward.client.local_site import Admitted, LocalSite
+from fedward.client.outbox import Kept
+from fedward.client.plan import plan_site, training_plan
+from fedward.client.training import train
+from fedward.core.canonical import canonical_json, digest
+from fedward.core.errors import AdmissionRefused, BudgetExceeded, ConfigError, UpdateRejected
+from fedward.core.identity import PublicIdentity
+from fedward.core.inbox import receive_release
+from fedward.core.study import Study
+from fedward.core.toml import build
+from fedward.privacy.mechanisms import add_noise
+from fedward.strategies.strategy import Vector
+from fedward.tasks.registry import get_task
+from fedward.tasks.task import Examples, Sums, Task
+from fedward.transport.payload import Payload
+
+
+def admit_study(site: LocalSite, request: Payload) -> Payload:
+    """Hold a study against policy, data and budget; pin it, and sign the terms.
+
+    Raises:
+        AdmissionRefused: The policy says no.
+        BudgetExceeded: The whole run does not fit. Nothing was recorded.
+        DataError: The site's data cannot be read as the task needs them.
+    """
+    study = build(request.record.get("study", {}), Study, file="study of the coordinator")
+    if study.hash != request.record.get("hash"):
+        raise UpdateRejected(site="coordinator", reason="the study does not have its hash")
+    check_policy(site.site, study)
+    task = get_task(study.study.task)
+    task.model(study.model.name, **study.model.args)
+    site.examples(task, study)
+    admitted = Admitted(study, plan_site(study, site.site))
+    head = None
+    if study.privacy.mode != "none":
+        site.budget(admitted).allot()
+        head = site.ledger.head
+    site.pin(admitted)
+    terms = {
+        "site": site.name,
+        "key": site.identity.public.pem().decode(),
+        "hash": study.hash,
+        "weight": admitted.plan.weight,
+        "simulated": site.simulated,
+        "ledger_head": head,
+    }
+    signature = site.identity.sign(canonical_json(terms)).hex()
+    return Payload({"terms": terms, "signature": signature})
+
+
+def train_round(site: LocalSite, request: Payload) -> Payload:
+    """Train one round and return the update.
+
+    Raises:
+        AdmissionRefused, BudgetExceeded, UpdateRejected: Nothing was trained.
+    """
+    admitted = site.admitted(str(request.record.get("hash")))
+    round_number = request.record.get("round")
+    if not isinstance(round_number, int) or not 1 <= round_number <= admitted.plan.rounds:
+        raise UpdateRejected(site="coordinator", reason=f"there is no round {round_number}")
+    task, model = site.model(admitted.study, request.arrays.get("parameters"))
+    asked = digest(request.arrays["parameters"].tobytes())
+    if admitted.study.privacy.mode == "none":
+        update = _train(site, task, model, admitted, round_number)
+    else:
+        update = _train_privately(site, task, model, admitted, round_number, asked)
+    return Payload({"site": site.name, "round": round_number}, {"update": update})
+
+
+def evaluate_release(site: LocalSite, request: Payload) -> Payload:
+    """Metrics of a model on the held-out patients, as sums, and what the run has cost.
+
+    Where the study is private, so are the sums: each held-out patient adds one to one cell of a
+    histogram, and Gaussian noise at the study's epsilon covers that. It is released once; asked
+    again, the site answers with the same.
+
+    Raises:
+        AdmissionRefused, BudgetExceeded, UpdateRejected: Nothing was released.
+    """
+    admitted = site.admitted(str(request.record.get("hash")))
+    study = admitted.study
+    task, model = site.model(study, request.arrays.get("parameters"))
+    _, held_out = site.examples(task, study)
+    exact = evaluate_model(task, model, held_out)
+    if study.privacy.mode == "none":
+        return Payload({"site": site.name, "privacy": {}}, dict(exact))
+    asked = digest(request.arrays["parameters"].tobytes())
+    sums = _release_privately(site, admitted, task.private_metrics(exact), asked)
+    return Payload({"site": site.name, "privacy": site.budget(admitted).statement()}, dict(sums))
+
+
+def take_release(site: LocalSite, request: Payload) -> Payload:
+    """Verify a release and hand it to the adapter.
+
+    Raises:
+        ReleaseRejected, SignatureInvalid: It was not taken; the store is as it was.
+    """
+    pinned = site.site.serving.publisher
+    if pinned is None:
+        raise AdmissionRefused(
+            site=site.name,
+            policy="[serving] publisher",
+            reason="no publisher's key is pinned here, so no release is taken",
+        )
+    try:
+        pem = (site.file.parent / pinned).read_bytes()
+    except OSError as error:
+        raise ConfigError(
+            f'= "{pinned}" cannot be read: {error.strerror}',
+            file=str(site.file),
+            key="[serving] publisher",
+        ) from error
+    files = {name: array.tobytes() for name, array in request.arrays.items()}
+    store = site.file.parent / site.site.serving.store
+    release = receive_release(files, store=store, trusted=PublicIdentity.from_pem(pem))
+    return Payload({"site": site.name, "version": release.signature.version})
+
+
+def evaluate_model(task: Task, model: nn.Module, examples: Examples) -> Sums:
+    """A model's metrics on examples, as the task's sums."""
+    model.eval()
+    with torch.no_grad():
+        outputs = model(torch.from_numpy(np.asarray(examples.features)))
+    return task.metrics(outputs, torch.from_numpy(np.asarray(examples.labels)))
+
+
+def _train(
+    site: LocalSite, task: Task, model: nn.Module, admitted: Admitted, round_number: int
+) -> Vector:
+    study = admitted.study
+    training, _ = site.examples(task, study)
+    plan = training_plan(study, admitted.plan)
+    noise = site.source(study, "train", round_number)
+    return train(model, task.loss, training, plan=plan, noise=noise).update
+
+
+def _train_privately(
+    site: LocalSite,
+    task: Task,
+    model: nn.Module,
+    admitted: Admitted,
+    round_number: int,
+    asked: str,
+) -> Vector:
+    """Reserve, train, keep, settle, in this order: a crash overstates the loss, never understates.
+
+    A coordinator that lost the answer gets the same bytes again. One that asks a round anew for
+    another model is refused: it would learn twice for the price of once.
+    """
+    budget, outbox = site.budget(admitted), site.outbox(admitted.study)
+    kept = outbox.newest()
+    settled = site.ledger.settled_digest(study=admitted.study.hash, round_number=round_number)
+    if kept is not None and (kept.round_number, kept.asked) == (round_number, asked):
+        sent = digest(kept.update.tobytes())
+        if sent == settled:
+            return kept.update
+        begun = budget.begun(round_number)
+        if begun is not None:
+            site.ledger.settle(begun, update_digest=sent)
+            return kept.update
+    if settled is not None:
+        raise UpdateRejected(
+            site="coordinator", reason=f"round {round_number} was answered here already"
+        )
+    reservation = budget.reserve_round(round_number)
+    update = _train(site, task, model, admitted, round_number)
+    outbox.keep(Kept(round_number, asked, update))
+    site.ledger.settle(reservation, update_digest=digest(update.tobytes()))
+    return update
+
+
+def _release_privately(site: LocalSite, admitted: Admitted, exact: Sums, asked: str) -> Sums:
+    budget = site.budget(admitted)
+    shapes = {name: np.shape(exact[name]) for name in sorted(exact)}
+    kept = site.metrics_outbox(admitted.study)
+    before = kept.newest()
+    if before is not None and before.asked == asked:
+        return _unflatten(before.update, shapes)
+    try:
+        reservation = budget.reserve_evaluation()
+    except (BudgetExceeded, ValueError) as error:
+        raise UpdateRejected(
+            site="coordinator", reason="metrics were released here already, for another model"
+        ) from error
+    flat = np.concatenate([np.asarray(exact[name], np.float64).ravel() for name in shapes])
+    source = site.source(admitted.study, "evaluation", asked)
+    noisy = add_noise(flat, std=budget.evaluation_noise, source=source)
+    kept.keep(Kept(1, asked, noisy))
+    site.ledger.settle(reservation, update_digest=digest(noisy.tobytes()))
+    budget.close()
+    return _unflatten(noisy, shapes)
+
+
+def _unflatten(flat: Vector, shapes: dict[str, tuple[int, ...]]) -> dict[str, NDArray[Any]]:
+    ends = np.cumsum([int(np.prod(shape)) for shape in shapes.values()])[:-1]
+    parts = np.split(flat.astype(np.float64), ends)
+    return {
+        name: part.reshape(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)
+    }

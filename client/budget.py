@@ -1,0 +1,146 @@
+"""What a study may cost here, and has: between the study, the plan and the ledger."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from fedward.privacy.ledger import Ledger, Reservation
+
+from fedward.client.plan import SitePlan
+from fedward.core.errors import BudgetExceeded
+from fedward.core.site import Site
+from fedward.core.study import Study
+from fedward.privacy.accounting import (
+    DpEvent,
+    calibrate_gaussian,
+    compose,
+    dp_sgd_event,
+    event_to_json,
+    gaussian_event,
+)
+
+_EVALUATION_ROUND = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """One private study at one site.
+
+    Training patients and held-out patients are two populations that no patient is both of, so
+    each has the study's whole epsilon; see docs/privacy.md.
+    """
+
+    site: Site
+    study: Study
+    plan: SitePlan
+    ledger: Ledger
+
+    @property
+    def evaluation_noise(self) -> float:
+        """Noise multiplier of the one release of metrics."""
+        epsilon = self.study.privacy.epsilon or 0.0
+        return calibrate_gaussian(epsilon=epsilon, delta=self.study.privacy.delta)
+
+    def allot(self) -> None:
+        """Ask the ledger for the whole run.
+
+        Raises:
+            BudgetExceeded: The limit of the site's policy would be passed. Nothing was recorded.
+        """
+        policy = self.site.policy
+        self.ledger.allot(
+            study=self.study.hash,
+            event=self._steps(self.plan.steps * self.plan.rounds),
+            max_epsilon=policy.max_epsilon,
+            delta=policy.delta,
+            unit=self.study.privacy.unit,
+            population="training",
+        )
+        self.ledger.allot(
+            study=self._evaluation,
+            event=gaussian_event(self.evaluation_noise),
+            max_epsilon=policy.max_epsilon,
+            delta=policy.delta,
+            unit=self.study.privacy.unit,
+            population="held-out",
+        )
+
+    def reserve_round(self, round_number: int) -> Reservation:
+        """Reserve a round, on disk, before it is trained.
+
+        A round that was begun before and never finished has to be paid for again; that goes
+        beyond the study's allotment, so it is granted only within the site's limit.
+
+        Raises:
+            BudgetExceeded: Nothing was recorded; train nothing.
+        """
+        event = self._steps(self.plan.steps)
+        try:
+            return self.ledger.reserve(
+                study=self.study.hash, round_number=round_number, event=event
+            )
+        except BudgetExceeded:
+            if self.begun(round_number) is None:
+                raise
+        policy = self.site.policy
+        self.ledger.extend(
+            study=self.study.hash,
+            event=event,
+            max_epsilon=policy.max_epsilon,
+            delta=policy.delta,
+        )
+        return self.ledger.reserve(study=self.study.hash, round_number=round_number, event=event)
+
+    def begun(self, round_number: int) -> Reservation | None:
+        """The newest reservation of a round that no update was settled with."""
+        for entry in reversed(self.ledger.entries()):
+            if (entry.kind, entry.study, entry.round_number, entry.state) == (
+                "reserve", self.study.hash, round_number, "reserved",
+            ):  # fmt: skip
+                return Reservation(study=self.study.hash, round_number=round_number, seq=entry.seq)
+        return None
+
+    def reserve_evaluation(self) -> Reservation:
+        """Reserve the release of metrics. Raises `BudgetExceeded` if it was released already."""
+        return self.ledger.reserve(
+            study=self._evaluation,
+            round_number=_EVALUATION_ROUND,
+            event=gaussian_event(self.evaluation_noise),
+        )
+
+    def close(self) -> None:
+        """End the study: what it did not use is free again."""
+        for study in (self.study.hash, self._evaluation):
+            self.ledger.close(study, delta=self.site.policy.delta)
+
+    def statement(self) -> dict[str, Any]:
+        """What the study has cost, as it goes into the release."""
+        delta = self.study.privacy.delta
+        spent = self.ledger.spent_by(self.study.hash, delta)
+        evaluation = self.ledger.spent_by(self._evaluation, delta)
+        return {
+            **spent.to_json(),
+            "noise_multiplier": self.plan.noise_multiplier,
+            "sample_rate": self.plan.sample_rate,
+            "steps": self.plan.steps * self.plan.rounds,
+            "event": event_to_json(self._recorded(self.study.hash)),
+            "held_out_patients": evaluation.to_json(),
+            "ledger_head": self.ledger.head,
+        }
+
+    @property
+    def _evaluation(self) -> str:
+        return f"{self.study.hash}/held-out"
+
+    def _steps(self, steps: int) -> DpEvent:
+        return dp_sgd_event(
+            noise_multiplier=self.plan.noise_multiplier,
+            sample_rate=self.plan.sample_rate,
+            steps=steps,
+        )
+
+    def _recorded(self, study: str) -> DpEvent:
+        return compose(
+            entry.event
+            for entry in self.ledger.entries()
+            if entry.kind == "reserve" and entry.study == study
+        )

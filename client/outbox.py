@@ -1,0 +1,59 @@
+"""The last update of a study, kept until the next: a lost answer is sent again, not trained again.
+
+The same bytes tell the coordinator nothing new, so to send them again costs no budget.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from fedward.strategies.strategy import Vector
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """An update that was ready to leave.
+
+    Attributes:
+        round_number: Its round.
+        asked: SHA-256 of the parameters that it was trained from.
+        update: Shape `(num_parameters,)`.
+    """
+
+    round_number: int
+    asked: str
+    update: Vector
+
+
+@dataclass(frozen=True, slots=True)
+class Outbox:
+    """One study's outbox.
+
+    Args:
+        file: Where the update is kept.
+    """
+
+    file: Path
+
+    def keep(self, kept: Kept) -> None:
+        """Replace what was kept.
+
+        Not flushed to disk: a power cut may lose it, and then the round is paid for again.
+        """
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.file.with_suffix(f".{os.getpid()}.tmp")
+        temporary.write_bytes(save({f"{kept.round_number}/{kept.asked}": kept.update}))
+        temporary.replace(self.file)
+
+    def newest(self) -> Kept | None:
+        """What was kept last; None if there is nothing, or nothing whole."""
+        try:
+            arrays = load(self.file.read_bytes())
+        except (FileNotFoundError, SafetensorError):
+            return None
+        (name, update), *_ = arrays.items()
+        number, _, asked = name.partition("/")
+        return Kept(int(number), asked, update)
