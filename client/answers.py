@@ -73,7 +73,9 @@ def train_round(site: LocalSite, request: Payload) -> Payload:
     if admitted.study.privacy.mode == "none":
         update = _train(site, task, model, admitted, round_number)
     else:
-        update = _train_privately(site, task, model, admitted, round_number, asked)
+        update = _train_privately(
+            site, task, model, admitted, round_number=round_number, asked=asked
+        )
     return Payload({"site": site.name, "round": round_number}, {"update": update})
 
 
@@ -149,6 +151,7 @@ def _train_privately(
     task: Task,
     model: nn.Module,
     admitted: Admitted,
+    *,
     round_number: int,
     asked: str,
 ) -> Vector:
