@@ -14,6 +14,7 @@ on the pooled training rows, without privacy.
 """
 
 import argparse
+import functools
 import itertools
 import json
 import sys
@@ -86,13 +87,19 @@ class Draws:
 
 
 def noise_multiplier(epsilon: float, setting: Setting) -> float:
-    """The noise for which the whole run costs `epsilon`, by dp-accounting's own PLD."""
+    """The noise for which the whole run costs `epsilon`."""
+    return _calibrated(epsilon, setting.sample_rate, setting.rounds)
+
+
+@functools.cache
+def _calibrated(epsilon: float, sample_rate: float, rounds: int) -> float:
+    """By dp-accounting's own PLD and search, independently of the project's."""
 
     def event(noise: float) -> dp_accounting.DpEvent:
         step = dp_accounting.GaussianDpEvent(noise)
-        if setting.sample_rate < 1:
-            step = dp_accounting.PoissonSampledDpEvent(setting.sample_rate, step)
-        return dp_accounting.SelfComposedDpEvent(step, setting.rounds)
+        if sample_rate < 1:
+            step = dp_accounting.PoissonSampledDpEvent(sample_rate, step)
+        return dp_accounting.SelfComposedDpEvent(step, rounds)
 
     return float(
         dp_accounting.calibrate_dp_mechanism(
@@ -331,7 +338,8 @@ def main() -> None:
     if arguments.tune:
         for epsilon in LEVELS:
             for score, setting in tune(arguments.tune, epsilon, num_seeds=3):
-                print(f"{arguments.tune} epsilon {level_name(epsilon)}: {score:.4f} {setting}")
+                line = f"{arguments.tune} epsilon {level_name(epsilon)}: {score:.4f} {setting}"
+                print(line, flush=True)
         return
     started = time.perf_counter()
     models = ("logistic",) if arguments.quick else TASK.models

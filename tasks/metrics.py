@@ -1,4 +1,8 @@
-"""Metrics of a binary task from sums over sites: no site shows a patient's probability."""
+"""Metrics of a binary task from counts, which add up over sites.
+
+The bins are fine enough for an exact AUC, and so a small site's own histogram nearly shows its
+patients' probabilities: send it through the secure sum, or with noise, wherever that matters.
+"""
 
 from collections.abc import Mapping
 

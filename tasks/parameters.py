@@ -35,8 +35,9 @@ def from_vector(model: "nn.Module", vector: NDArray[np.float32]) -> None:
     start = 0
     with torch.no_grad():
         for parameter in parameters:
-            piece = vector[start : start + parameter.numel()].reshape(tuple(parameter.shape))
-            parameter.copy_(torch.from_numpy(np.ascontiguousarray(piece).copy()))
+            # A copy: torch warns of views of read-only buffers, which received arrays are.
+            piece = vector[start : start + parameter.numel()].copy()
+            parameter.copy_(torch.from_numpy(piece).view(parameter.shape))
             start += parameter.numel()
 
 

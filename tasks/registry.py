@@ -27,6 +27,8 @@ def descriptions() -> dict[str, str]:
 def get_task(name: str, *, file: str = "study") -> Task:
     """The task that a study names.
 
+    Importing runs code, so at a site call it only with a name that the site's policy permits.
+
     Args:
         name: A registered name, or "package.module:Attribute" of an installed package.
         file: What an error calls the file that named it.
