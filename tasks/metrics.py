@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 # Bins of equal width in log-odds, not in probability: rare outcomes crowd near 0, and a
 # difference from .001 to .002 ranks patients as much as one from .3 to .46.
-_NUM_BINS = 1024
+_NUM_BINS = 4096
 _LARGEST_LOG_ODDS = 10.24
 
 _COARSE_BINS = 20
@@ -28,7 +28,7 @@ def binary_sums(
         labels: Shape `(num_examples,)`, 0 or 1.
 
     Returns:
-        `histogram` of shape `(2, 1024)`: number of examples by class and by log-odds;
+        `histogram` of shape `(2, 4096)`: number of examples by class and by log-odds;
         `num_examples`, `correct` (at threshold .5), `squared_error` and `log_loss` of shape `()`.
 
     Raises:

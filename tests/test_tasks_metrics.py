@@ -123,3 +123,41 @@ def test_sums_of_another_shape_are_refused() -> None:
         summarise_binary(sums | {"histogram": np.zeros((2, 3))})
     with pytest.raises(ValueError, match="different arrays"):
         add_sums([sums, {"histogram": sums["histogram"]}])
+
+
+@settings(max_examples=100)
+@given(
+    p=npst.arrays(np.float64, 20, elements=st.floats(0, 1)),
+    y=npst.arrays(np.float64, 20, elements=st.sampled_from([0.0, 1.0])),
+    one=st.integers(0, 19),
+)
+def test_one_patient_moves_what_is_released_by_exactly_one(
+    p: NDArray[np.float64], y: NDArray[np.float64], one: int
+) -> None:
+    everybody = TASK.private_metrics(binary_sums(p, y))
+    without = TASK.private_metrics(binary_sums(np.delete(p, one), np.delete(y, one)))
+
+    moved = np.concatenate([(everybody[name] - without[name]).reshape(-1) for name in everybody])
+
+    assert np.linalg.norm(moved) == 1
+    assert np.abs(moved).sum() == 1
+
+
+def test_released_metrics_are_near_the_exact_ones(real: Predictions) -> None:
+    for p, y in real.values():
+        found = TASK.summarise_private(TASK.private_metrics(binary_sums(p, y)))
+
+        # Twenty cells of probability: half a cell, .025, is the most that a value is off.
+        assert found["num_examples"] == len(y)
+        assert found["prevalence"] == pytest.approx(y.mean())
+        assert found["accuracy"] == pytest.approx(accuracy_score(y, p >= 0.5))
+        assert found["auroc"] == pytest.approx(roc_auc_score(y, p), abs=0.02)
+        assert found["brier"] == pytest.approx(brier_score_loss(y, p), abs=0.01)
+
+
+def test_noise_below_zero_counts_as_nobody() -> None:
+    empty = TASK.private_metrics(binary_sums(np.zeros(0), np.zeros(0)))["histogram"]
+
+    assert TASK.summarise_private({"histogram": empty - 3}) == {"num_examples": 0}
+    with pytest.raises(ValueError, match="shape"):
+        TASK.summarise_private({"histogram": np.zeros((2, 3))})

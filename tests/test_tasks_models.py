@@ -1,5 +1,7 @@
 """Models start the same everywhere, and their parameters travel as one vector."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -102,6 +104,20 @@ def test_tasks_are_found_by_name_and_by_import_path() -> None:
     assert set(descriptions()) == {"heart-disease"}
     assert get_task("heart-disease") is TASK
     assert get_task("fedward.tasks.heart_disease:HEART_DISEASE") is TASK
+
+
+def test_a_task_of_another_package_may_be_a_class(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "clinic_of_ours.py").write_text(
+        "from fedward.tasks.heart_disease import SCHEMA\n"
+        "from fedward.tasks.tabular import BinaryTabularTask\n"
+        "class Ours(BinaryTabularTask):\n"
+        "    def __init__(self): super().__init__(name='ours', schema=SCHEMA)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+
+    assert get_task("clinic_of_ours:Ours").name == "ours"
 
 
 @pytest.mark.parametrize(
