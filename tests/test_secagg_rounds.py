@@ -18,7 +18,8 @@ def vectors_of(sites: dict[str, SiteSession], *, length: int = LENGTH) -> dict[s
 
 
 def plain_sum(vectors: dict[str, np.ndarray], survivors: tuple[str, ...]) -> np.ndarray:
-    return np.stack([vectors[name] for name in survivors]).sum(axis=0, dtype=np.uint32)
+    total: np.ndarray = np.stack([vectors[name] for name in survivors]).sum(axis=0, dtype=np.uint32)
+    return total
 
 
 @settings(deadline=None, max_examples=60)
