@@ -1,0 +1,146 @@
+"""What a ledger's entries add up to: a state machine without any input or output."""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from fedward.core.errors import LedgerCorrupt
+from fedward.privacy.accounting import Unit, event_from_json
+from fedward.privacy.accounting.events import Leaves, leaves
+from fedward.privacy.ledger.records import POPULATIONS, Population
+
+_STRENGTH: tuple[Unit, ...] = ("record", "patient", "site")
+
+
+@dataclass(slots=True)
+class StudyState:
+    """One study's account, from its first allotment until it is closed, and again after that.
+
+    Attributes:
+        delta: Of the last allotment.
+        rest: What is allotted and not yet reserved.
+        reserved: All that was ever reserved.
+        allotted: What the open allotments were for, as a whole.
+    """
+
+    population: Population
+    unit: Unit
+    delta: float
+    allotments: list[int] = field(default_factory=list)
+    allotted: Leaves = field(default_factory=Counter)
+    rest: Leaves = field(default_factory=Counter)
+    reserved: Leaves = field(default_factory=Counter)
+    open: bool = True
+
+
+@dataclass(slots=True)
+class ReservedRound:
+    """One reservation; `update_digest` is empty until it is settled."""
+
+    study: str
+    round_number: int
+    update_digest: str = ""
+
+
+class State:
+    """The accounts of a site, as of the last entry that was applied."""
+
+    def __init__(self) -> None:
+        self.genesis: dict[str, Any] = {}
+        self.studies: dict[str, StudyState] = {}
+        self.reservations: dict[int, ReservedRound] = {}
+        self._spent: dict[Population, Leaves] = {name: Counter() for name in POPULATIONS}
+        self._units: dict[Population, set[Unit]] = {name: set() for name in POPULATIONS}
+
+    def apply(self, body: dict[str, Any]) -> None:
+        """Take one entry into account.
+
+        Raises:
+            LedgerCorrupt: The entries before it do not permit it. A ledger never writes such an
+                entry, so the file was tampered with.
+        """
+        rules: dict[str, Callable[[dict[str, Any]], None]] = {
+            "genesis": self._genesis,
+            "allot": self._allot,
+            "reserve": self._reserve,
+            "settle": self._settle,
+            "close": self._close,
+        }
+        if (body["kind"] == "genesis") != (body["seq"] == 0):
+            raise LedgerCorrupt(f"entry {body['seq']} is a {body['kind']}: not what stands there")
+        try:
+            rules[body["kind"]](body)
+        except (ValueError, KeyError, TypeError) as error:
+            raise LedgerCorrupt(f"entry {body['seq']} does not make sense: {error}") from error
+
+    def spent(self, population: Population) -> Leaves:
+        """All that was reserved on a population: its own, and what is charged to everybody.
+
+        Args:
+            population: "training" or "held-out"; a patient is in one of them.
+        """
+        return self._spent[population] + self._spent["all"]
+
+    def committed(self, population: Population) -> Leaves:
+        """What was reserved, and what open allotments may still reserve."""
+        rests = (
+            study.rest
+            for study in self.studies.values()
+            if study.open and study.population in (population, "all")
+        )
+        return sum(rests, self.spent(population))
+
+    def unit(self, population: Population) -> Unit:
+        """The unit that a population's total holds for: the smallest that was charged to it."""
+        units = self._units[population] | self._units["all"]
+        return next((unit for unit in _STRENGTH if unit in units), "patient")
+
+    def _genesis(self, body: dict[str, Any]) -> None:
+        self.genesis = body
+
+    def _allot(self, body: dict[str, Any]) -> None:
+        name, population, unit = body["study"], body["population"], body["unit"]
+        if population not in POPULATIONS or unit not in _STRENGTH:
+            raise ValueError(f"unknown population {population!r} or unit {unit!r}")
+        study = self.studies.setdefault(name, StudyState(population, unit, body["delta"]))
+        study.delta = body["delta"]
+        if not study.open:
+            study.open, study.population, study.unit = True, population, unit
+        elif (study.population, study.unit) != (population, unit):
+            raise ValueError(f"study {name} is open for another population or unit")
+        event = leaves(event_from_json(body["event"]))
+        study.allotments.append(body["seq"])
+        study.allotted = study.allotted + event
+        study.rest = study.rest + event
+
+    def _reserve(self, body: dict[str, Any]) -> None:
+        study = self._open(body["study"])
+        event = leaves(event_from_json(body["event"]))
+        if not event <= study.rest:
+            raise ValueError(f"study {body['study']} reserves more than it was allotted")
+        study.rest = study.rest - event
+        study.reserved = study.reserved + event
+        self._spent[study.population].update(event)
+        self._units[study.population].add(study.unit)
+        self.reservations[body["seq"]] = ReservedRound(body["study"], int(body["round"]))
+
+    def _settle(self, body: dict[str, Any]) -> None:
+        reservation = self.reservations[body["reservation"]]
+        if reservation.update_digest:
+            raise ValueError(f"reservation {body['reservation']} is settled twice")
+        if not body["update_digest"]:
+            raise ValueError("an update has a digest")
+        reservation.update_digest = body["update_digest"]
+
+    def _close(self, body: dict[str, Any]) -> None:
+        study = self._open(body["study"])
+        study.open = False
+        study.allotments.clear()
+        study.allotted, study.rest = Counter(), Counter()
+
+    def _open(self, name: str) -> StudyState:
+        study = self.studies.get(name)
+        if study is None or not study.open:
+            raise ValueError(f"study {name} has no open allotment")
+        return study
