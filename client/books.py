@@ -50,7 +50,7 @@ def ledger_summary(file: Path) -> dict[str, Any]:
         "studies": _by_study(ledger, policy.delta),
         "history": [
             {"time": point.time.isoformat(), "study": point.study, "epsilon": point.epsilon}
-            for point in ledger.history(policy.delta)
+            for point in ledger.history(policy.delta, points=20)
         ],
         "head": ledger.head,
     }

@@ -1,8 +1,10 @@
 """What a study may cost here, and has: between the study, the plan and the ledger."""
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
+from fedward.privacy.accounting.events import Leaves, event_of, leaves
 from fedward.privacy.ledger import Ledger, Reservation
 
 from fedward.client.plan import SitePlan
@@ -12,7 +14,6 @@ from fedward.core.study import Study
 from fedward.privacy.accounting import (
     DpEvent,
     calibrate_gaussian,
-    compose,
     dp_sgd_event,
     event_to_json,
     gaussian_event,
@@ -139,8 +140,8 @@ class Budget:
         )
 
     def _recorded(self, study: str) -> DpEvent:
-        return compose(
-            entry.event
-            for entry in self.ledger.entries()
-            if entry.kind == "reserve" and entry.study == study
-        )
+        counted: Leaves = Counter()
+        for entry in self.ledger.entries():
+            if entry.kind == "reserve" and entry.study == study:
+                counted.update(leaves(entry.event))
+        return event_of(counted)

@@ -68,12 +68,12 @@ _WHAT = (
 _PATIENT = {
     "age": 58,
     "sex": "male",
-    "cp": "asymptomatic",
-    "trestbps": 140,
-    "chol": {"value": 6.2, "unit": "mmol/L"},
-    "thalach": 118,
-    "exang": True,
-    "oldpeak": 1.8,
+    "chest_pain": "asymptomatic",
+    "resting_blood_pressure": 140,
+    "cholesterol": {"value": 6.2, "unit": "mmol/L"},
+    "max_heart_rate": 118,
+    "exercise_angina": True,
+    "st_depression": 1.8,
 }
 
 

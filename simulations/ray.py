@@ -1,5 +1,6 @@
 """The same apps on Flower's Simulation Runtime, which spreads sites over a Ray cluster."""
 
+import logging
 import os
 import warnings
 from collections.abc import Mapping
@@ -33,6 +34,7 @@ def run_on_ray(
     os.environ.update(_QUIET | {SIMULATED_SITES: str(sites.listing)})
     from flwr.simulation import run_simulation
 
+    logging.getLogger("flwr").setLevel(logging.WARNING)
     server_app = ServerApp()
 
     @server_app.main()
@@ -51,7 +53,7 @@ def run_on_ray(
                 num_supernodes=len(sites.sites),
                 backend_config={
                     "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
-                    "init_args": {"include_dashboard": False},
+                    "init_args": {"include_dashboard": False, "log_to_driver": False},
                 },
             )
     except RuntimeError as error:
