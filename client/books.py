@@ -60,9 +60,9 @@ def _by_study(ledger: Ledger, delta: float) -> list[dict[str, Any]]:
     studies: dict[str, dict[str, Any]] = {}
     for entry in ledger.entries():
         if entry.kind == "allot":
-            row = {"study": entry.study, "population": entry.population, "rounds": 0}
-            row |= {"first": entry.time.isoformat(), "unsettled": 0}
-            studies.setdefault(entry.study, row)
+            begun: dict[str, Any] = {"study": entry.study, "population": entry.population}
+            begun |= {"rounds": 0, "unsettled": 0, "first": entry.time.isoformat()}
+            studies.setdefault(entry.study, begun)
         if entry.study not in studies:
             continue
         row = studies[entry.study]

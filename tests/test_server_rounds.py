@@ -128,7 +128,7 @@ def go(wire: Wire, study: Study, run: RunDirectory) -> dict[str, Any]:
 
 
 def model_after(run: RunDirectory) -> str:
-    return [event["parameters"] for event in run.events() if event["event"] == "round"][-1]
+    return [str(e["parameters"]) for e in run.events() if e["event"] == "round"][-1]
 
 
 def reasons(run: RunDirectory, kind: str) -> list[str]:

@@ -15,6 +15,7 @@ from dp_accounting import pld
 from safetensors.numpy import load_file
 from studies import EPSILON_4, NO_PRIVACY, write_study
 
+from fedward.client.answers import train_round
 from fedward.client.local_site import LocalSite
 from fedward.core.errors import AdmissionRefused, AggregationAborted, RunError
 from fedward.core.run import RunDirectory
@@ -224,7 +225,7 @@ def test_parameters_changed_between_rounds_find_no_door(
 
     for study_hash in ("0" * 64, "../../etc/passwd", ""):
         with pytest.raises(AdmissionRefused, match="not admitted"):
-            site.train(Payload({"hash": study_hash, "round": 1}))
+            train_round(site, Payload({"hash": study_hash, "round": 1}))
 
     assert site.ledger.head == before
 
