@@ -3,11 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from fedward.privacy.ledger import Ledger, Population
-
 from fedward.client.local_site import LocalSite
 from fedward.client.sources import read_source
 from fedward.core.errors import LedgerCorrupt
+from fedward.privacy.ledger import Ledger, Population
 from fedward.tasks.registry import get_task
 
 _POPULATIONS: tuple[Population, ...] = ("training", "held-out")

@@ -4,9 +4,6 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from fedward.privacy.accounting.events import Leaves, event_of, leaves
-from fedward.privacy.ledger import Ledger, Reservation
-
 from fedward.client.plan import SitePlan
 from fedward.core.errors import BudgetExceeded
 from fedward.core.site import Site
@@ -18,6 +15,8 @@ from fedward.privacy.accounting import (
     event_to_json,
     gaussian_event,
 )
+from fedward.privacy.accounting.events import Leaves, event_of, leaves
+from fedward.privacy.ledger import Ledger, Reservation
 
 _EVALUATION_ROUND = 1
 

@@ -129,7 +129,7 @@ def test_a_misspelt_key_ends_with_1_and_writes_nothing(tmp_path: Path, as_json: 
 
     assert done.returncode == 1
     said = json.loads(done.stdout)["error"]["message"] if as_json else done.stderr
-    assert "study.toml:24: [privacy] epsilonn is not a known key; did you mean `epsilon`?" in said
+    assert "study.toml:20: [privacy] epsilonn is not a known key; did you mean `epsilon`?" in said
     assert [path.name for path in tmp_path.iterdir()] == ["study.toml"]
 
 

@@ -184,7 +184,7 @@ def event_to_json(event: DpEvent) -> dict[str, Any]:
     raise ValueError(f"no price is known for a {type(event).__name__}")
 
 
-def event_from_json(value: Any) -> DpEvent:  # noqa: ANN401 (any JSON value)
+def event_from_json(value: Any) -> DpEvent:
     """Read an event.
 
     Raises:
@@ -194,7 +194,7 @@ def event_from_json(value: Any) -> DpEvent:  # noqa: ANN401 (any JSON value)
     return _read(value, 0)
 
 
-def _read(value: Any, depth: int) -> DpEvent:  # noqa: ANN401 (any JSON value)
+def _read(value: Any, depth: int) -> DpEvent:
     from dp_accounting import dp_event
 
     if depth > _MAX_DEPTH:
@@ -208,7 +208,7 @@ def _read(value: Any, depth: int) -> DpEvent:  # noqa: ANN401 (any JSON value)
     return read(dp_event, value, depth + 1)
 
 
-def _read_poisson(module: Any, value: dict[str, Any], depth: int) -> DpEvent:  # noqa: ANN401
+def _read_poisson(module: Any, value: dict[str, Any], depth: int) -> DpEvent:
     event = module.PoissonSampledDpEvent(
         _rate(_number(value["sample_rate"])), _read(value["of"], depth)
     )
@@ -216,12 +216,12 @@ def _read_poisson(module: Any, value: dict[str, Any], depth: int) -> DpEvent:  #
     return event
 
 
-def _read_composed(module: Any, value: dict[str, Any], depth: int) -> DpEvent:  # noqa: ANN401
+def _read_composed(module: Any, value: dict[str, Any], depth: int) -> DpEvent:
     parts = value["of"] if isinstance(value["of"], list) else [None]
     return module.ComposedDpEvent([_read(part, depth) for part in parts])
 
 
-def _read_repeated(module: Any, value: dict[str, Any], depth: int) -> DpEvent:  # noqa: ANN401
+def _read_repeated(module: Any, value: dict[str, Any], depth: int) -> DpEvent:
     return module.SelfComposedDpEvent(_read(value["of"], depth), _count(value["count"]))
 
 
@@ -274,7 +274,7 @@ def _leaf(event: DpEvent) -> Leaf:
     raise ValueError(f"no price is known for {event!r}")
 
 
-def _number(value: Any) -> float:  # noqa: ANN401 (any JSON value)
+def _number(value: Any) -> float:
     if type(value) in (int, float):
         return float(value)
     raise ValueError(f"expected a number, found {type(value).__name__}")
@@ -292,7 +292,7 @@ def _rate(value: float) -> float:
     return float(value)
 
 
-def _count(value: Any) -> int:  # noqa: ANN401 (any JSON value)
+def _count(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= _MAX_COUNT:
         raise ValueError(f"a count is a whole number from 0 to {_MAX_COUNT}, got {value!r}")
     return value

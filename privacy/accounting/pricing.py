@@ -141,7 +141,7 @@ _cache: OrderedDict[frozenset[tuple[Leaf, int]], Any] = OrderedDict()
 _lock = threading.RLock()
 
 
-def _composed(counted: Leaves) -> Any:  # noqa: ANN401 (dp-accounting publishes no types)
+def _composed(counted: Leaves) -> Any:
     """The loss distribution of all of `counted`, from the nearest composition known.
 
     Why the cache is right. The key is the whole content of what was composed: every mechanism's
@@ -209,7 +209,7 @@ def _merged(rest: Leaves) -> Leaves:
 
 
 @functools.lru_cache(maxsize=64)
-def _pld_of(leaf: Leaf, count: int) -> Any:  # noqa: ANN401 (dp-accounting publishes no types)
+def _pld_of(leaf: Leaf, count: int) -> Any:
     """The loss distribution of `count` runs of one mechanism."""
     from dp_accounting.pld import privacy_loss_distribution
 
@@ -223,7 +223,7 @@ def _pld_of(leaf: Leaf, count: int) -> Any:  # noqa: ANN401 (dp-accounting publi
     )
 
 
-def _pld_of_zcdp(rho: float) -> Any:  # noqa: ANN401 (dp-accounting publishes no types)
+def _pld_of_zcdp(rho: float) -> Any:
     """A loss distribution that dominates every rho-zCDP mechanism.
 
     rho-zCDP gives delta(epsilon) <= min over alpha of
@@ -252,7 +252,7 @@ def _pld_of_zcdp(rho: float) -> Any:  # noqa: ANN401 (dp-accounting publishes no
     return privacy_loss_distribution.PrivacyLossDistribution(pmf)
 
 
-def _convex_minorant(x: Any, y: Any) -> Any:  # noqa: ANN401 (NumPy arrays of one dimension)
+def _convex_minorant(x: Any, y: Any) -> Any:
     """The largest convex function below the points, at the same x (Andrew's lower hull)."""
     hull: list[int] = []
     for i in range(len(x)):
@@ -265,19 +265,19 @@ def _convex_minorant(x: Any, y: Any) -> Any:  # noqa: ANN401 (NumPy arrays of on
     return np.interp(x, x[hull], y[hull])
 
 
-def _identity() -> Any:  # noqa: ANN401 (dp-accounting publishes no types)
+def _identity() -> Any:
     from dp_accounting.pld import privacy_loss_distribution
 
     return privacy_loss_distribution.identity(value_discretization_interval=GRID)
 
 
 @functools.lru_cache(maxsize=4096)
-def _renyi(leaf: Leaf, orders: tuple[float, ...]) -> Any:  # noqa: ANN401 (an array)
+def _renyi(leaf: Leaf, orders: tuple[float, ...]) -> Any:
     """The Rényi divergences of one run of a mechanism, shape `(len(orders),)`."""
     from dp_accounting.rdp import RdpAccountant
 
     class Divergences(RdpAccountant):  # type: ignore[misc] # dp-accounting publishes no types
-        def get(self) -> Any:  # noqa: ANN401 (an array)
+        def get(self) -> Any:
             return self._rdp
 
     log = logging.getLogger("absl")
