@@ -50,8 +50,7 @@ class Captured:
 
     def __init__(self, model: nn.Module, loss: Loss, leaves: Mapping[str, nn.Module]) -> None:
         self._model, self._loss, self._leaves = model, loss, leaves
-        self._copy = False
-        self._record: list[tuple[str, Tensor, int, Any]] = []
+        self._record: list[tuple[str, Tensor, Any]] = []
         self._handles = [
             layer.register_forward_hook(self._hook(name)) for name, layer in leaves.items()
         ]
@@ -63,12 +62,9 @@ class Captured:
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def hook(_layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            given = inputs[0].detach()
-            if self._copy:
-                given = given.clone()
             # The edge, not the tensor: an activation in place changes what the tensor means.
             edge = torch.autograd.graph.get_gradient_edge(output)
-            self._record.append((name, given, given._version, edge))  # noqa: SLF001 (no public name)
+            self._record.append((name, inputs[0].detach(), edge))
 
         return hook
 
@@ -84,12 +80,9 @@ class Captured:
                 )
             total = losses.sum() if mask is None else (losses * mask).sum()
             record, self._record = self._record, []
-            if any(given._version != version for _, given, version, _ in record):  # noqa: SLF001
-                self._copy = True
-                return self.run(features, labels, mask)
             gradients = torch.autograd.grad(total, [edge for *_, edge in record], allow_unused=True)
         calls: dict[str, list[Call]] = {}
-        for (name, given, _, _), gradient in zip(record, gradients, strict=True):
+        for (name, given, _), gradient in zip(record, gradients, strict=True):
             if gradient is not None:
                 calls.setdefault(name, []).append((given, gradient))
         return calls
@@ -149,21 +142,21 @@ def make_clipped_sum(
         mask: Tensor,
         clip_norm: Tensor | float,
     ) -> tuple[dict[str, Tensor], Tensor]:
-        def total(taps: list[Tensor]) -> tuple[Tensor, list[tuple[str, Tensor]]]:
+        def total(taps: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
             outputs, inputs = tapped.forward(parameters, x, taps)
             return torch.where(mask > 0, loss(outputs, y), 0.0).sum(), inputs
 
         dtype = next(iter(parameters.values())).dtype
-        taps = [x.new_zeros((x.shape[0], *shape[1:]), dtype=dtype) for shape in shapes]
+        taps = [x.new_zeros((x.shape[0], *shape[1:]), dtype=dtype) for _, shape in shapes]
         gradients, inputs = grad(total, has_aux=True)(taps)
         finite = torch.ones_like(mask, dtype=torch.bool)
-        for (_, a), d in zip(inputs, gradients, strict=True):
+        for a, d in zip(inputs, gradients, strict=True):
             finite = finite & torch.isfinite(d.flatten(1).sum(1))
             if a.is_floating_point():
                 finite = finite & torch.isfinite(a.flatten(1).sum(1))
         keep = finite & (mask > 0)
         calls: dict[str, list[Call]] = {}
-        for (name, a), d in zip(inputs, gradients, strict=True):
+        for (name, _), a, d in zip(shapes, inputs, gradients, strict=True):
             # Not a product: zero times NaN is NaN.
             calls.setdefault(name, []).append((_only(keep, a), _only(keep, d)))
         whole = (finite | (mask <= 0)).reshape(-1, records).all(1)
@@ -179,37 +172,37 @@ class _Tapped:
     def __init__(self, model: nn.Module, leaves: Mapping[str, nn.Module]) -> None:
         self._model, self._leaves = model, leaves
 
-    def probe(self, features: Tensor) -> list[torch.Size]:
-        """Shapes of the outputs, in order of use."""
-        shapes: list[torch.Size] = []
+    def probe(self, features: Tensor) -> list[tuple[str, torch.Size]]:
+        """Layers and the shapes of their outputs, in order of use."""
+        shapes: list[tuple[str, torch.Size]] = []
 
-        def hook(_layer: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            shapes.append(output.shape)
+        def make(name: str) -> Callable[..., None]:
+            def hook(_layer: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
+                shapes.append((name, output.shape))
 
-        with self._hooked(dict.fromkeys(self._leaves, hook)), torch.no_grad():
+            return hook
+
+        with self._hooked(make), torch.no_grad():
             self._model(features)
         return shapes
 
     def forward(
         self, parameters: Mapping[str, Tensor], features: Tensor, taps: list[Tensor]
-    ) -> tuple[Tensor, list[tuple[str, Tensor]]]:
+    ) -> tuple[Tensor, list[Tensor]]:
         """Outputs, and what went into each layer, in order of use."""
-        inputs: list[tuple[str, Tensor]] = []
+        inputs: list[Tensor] = []
 
-        def make(name: str) -> Callable[..., Tensor]:
-            def hook(_layer: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> Tensor:
-                inputs.append((name, given[0]))
-                return output + taps[len(inputs) - 1]
+        def hook(_layer: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            inputs.append(given[0])
+            return output + taps[len(inputs) - 1]
 
-            return hook
-
-        with self._hooked({name: make(name) for name in self._leaves}):
+        with self._hooked(lambda _name: hook):
             outputs: Tensor = functional_call(self._model, dict(parameters), (features,))
         return outputs, inputs
 
     @contextmanager
-    def _hooked(self, hooks: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
-        handles = [layer.register_forward_hook(hooks[name]) for name, layer in self._leaves.items()]
+    def _hooked(self, make: Callable[[str], Callable[..., Any]]) -> Iterator[None]:
+        handles = [layer.register_forward_hook(make(name)) for name, layer in self._leaves.items()]
         try:
             yield
         finally:

@@ -4,7 +4,7 @@ Every mode is a `Clipper`. They agree to rounding; they differ in cost.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -40,7 +40,11 @@ class Clipped:
 
 
 class Clipper(Protocol):
-    """Sums clipped gradients."""
+    """Sums clipped gradients.
+
+    A clipper is made of a model in training mode, a loss of one value an example, and the
+    parameters to train in the order of the flat vector.
+    """
 
     def __call__(self, batch: Batch, *, clip_norm: float) -> Clipped:
         """The sum over the patients of `batch` of gradients clipped to `clip_norm`."""
@@ -95,14 +99,18 @@ class BookKeeping:
         ValueError: A trained parameter is outside the layers that book-keeping knows.
     """
 
-    def __init__(self, model: nn.Module, loss: Loss) -> None:
+    def __init__(self, model: nn.Module, loss: Loss, trained: Sequence[nn.Parameter]) -> None:
         leaves = leaves_of(model)
         if leaves is None:
             raise ValueError("book-keeping does not fit this model; use mode='hooks'")
         self._leaves = leaves
-        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        self._shapes: Mapping[str, Tensor] = dict(trained)
-        self._size = sum(p.numel() for _, p in trained)
+        names = {
+            id(p): f"{name}.{own}" if name else own
+            for name, leaf in leaves.items()
+            for own, p in leaf.named_parameters(recurse=False)
+        }
+        self._order = [(names[id(p)], p) for p in trained]
+        self._size = sum(p.numel() for p in trained)
         self._captured = Captured(model, loss, leaves)
 
     def __call__(self, batch: Batch, *, clip_norm: float) -> Clipped:
@@ -122,7 +130,7 @@ class BookKeeping:
         return torch.cat(
             [
                 sums[name].reshape(-1) if name in sums else torch.zeros_like(p).reshape(-1)
-                for name, p in self._shapes.items()
+                for name, p in self._order
             ]
         )
 
@@ -141,7 +149,7 @@ class ClosedForm:
         ValueError: The model is not one linear layer.
     """
 
-    def __init__(self, model: nn.Module, loss: Loss) -> None:
+    def __init__(self, model: nn.Module, loss: Loss, trained: Sequence[nn.Parameter]) -> None:
         layer = linear_of(model)
         if layer is None:
             raise ValueError("closed form is for models that are one nn.Linear")
@@ -152,7 +160,7 @@ class ClosedForm:
         self._derivative: Callable[[Tensor, Tensor], Tensor] = getattr(
             loss, "output_gradient", self._differentiate
         )
-        self._size = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        self._size = sum(p.numel() for p in trained)
 
     def __call__(self, batch: Batch, *, clip_norm: float) -> Clipped:
         """As `Clipper`."""
@@ -207,9 +215,9 @@ class ClosedForm:
 class Plain:
     """No clipping: the sum of gradients, by one backward pass. For `NotPrivate()` only."""
 
-    def __init__(self, model: nn.Module, loss: Loss) -> None:
+    def __init__(self, model: nn.Module, loss: Loss, trained: Sequence[nn.Parameter]) -> None:
         self._model, self._loss = model, loss
-        self._trained = [p for p in model.parameters() if p.requires_grad]
+        self._trained = list(trained)
 
     def __call__(self, batch: Batch, *, clip_norm: float) -> Clipped:  # noqa: ARG002 (the interface)
         """As `Clipper`."""

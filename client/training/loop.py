@@ -4,7 +4,7 @@ Whatever the mode, the noise is added in one place, to one flat vector, before a
 sees the sum; what follows it (averaging, optimizer, schedule) is post-processing.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -20,6 +20,7 @@ from fedward.client.training.clippers import Clipper, Plain
 from fedward.client.training.modes import choose_mode, make_clipper
 from fedward.client.training.optimizers import FlatOptimizer
 from fedward.client.training.plan import NotPrivate, Private, TrainingPlan
+from fedward.client.training.recurrent import unroll
 from fedward.client.training.sampler import Batch, PoissonSampler
 from fedward.privacy.mechanisms.noise import NoiseSource
 
@@ -145,10 +146,12 @@ class _Session:
             device=trained[0].device,
         )
         self._training = model.training
+        self._restore = unroll(model) if isinstance(plan.guarantee, Private) else _nothing
         model.train()
         try:
-            self._clipper = _make(model, loss, plan, records=self._sampler.records)
+            self._clipper = _make(model, loss, trained, plan=plan, records=self._sampler.records)
         except ValueError:
+            self._restore()
             model.train(self._training)
             raise
         # Nothing below fails: from here on the parameters are views of one vector, until `close`.
@@ -212,16 +215,28 @@ class _Session:
         for p, own in zip(self._trained, self._own, strict=True):
             own.copy_(p.data)
             p.data = own
+        self._restore()
         self._model.train(self._training)
 
 
-def _make(model: nn.Module, loss: Loss, plan: TrainingPlan, *, records: int) -> Clipper:
+def _make(
+    model: nn.Module,
+    loss: Loss,
+    trained: Sequence[nn.Parameter],
+    *,
+    plan: TrainingPlan,
+    records: int,
+) -> Clipper:
     if isinstance(plan.guarantee, NotPrivate):
-        return Plain(model, loss)
+        return Plain(model, loss, trained)
     mode = plan.mode
     if mode == "auto":
         mode = choose_mode(model, batch_size=plan.expected_batch_size, records=records)
-    return make_clipper(model, loss, mode)
+    return make_clipper(model, loss, trained, mode=mode)
+
+
+def _nothing() -> None:
+    """Without privacy, fused layers stay as they are."""
 
 
 @contextmanager

@@ -1,5 +1,7 @@
 """Which way of clipping a model gets, by a rule that `benchmarks/dp_training.py` backs."""
 
+from collections.abc import Sequence
+
 from opacus.grad_sample import GradSampleModule
 from opacus.validators import ModuleValidator
 from torch import nn
@@ -45,7 +47,9 @@ def choose_mode(model: nn.Module, *, batch_size: float, records: int = 1) -> Mod
     return "hooks"
 
 
-def make_clipper(model: nn.Module, loss: Loss, mode: Mode) -> Clipper:
+def make_clipper(
+    model: nn.Module, loss: Loss, trained: Sequence[nn.Parameter], *, mode: Mode
+) -> Clipper:
     """The clipper of a mode that is not `auto`.
 
     Raises:
@@ -54,13 +58,13 @@ def make_clipper(model: nn.Module, loss: Loss, mode: Mode) -> Clipper:
     validate(model)
     match mode:
         case "closed-form":
-            return ClosedForm(model, loss)
+            return ClosedForm(model, loss, trained)
         case "book-keeping":
-            return BookKeeping(model, loss)
+            return BookKeeping(model, loss, trained)
         case "ghost":
-            return Ghost(model, loss)
+            return Ghost(model, loss, trained)
         case "hooks" | "functorch":
-            return PerSample(model, loss, kind=mode)
+            return PerSample(model, loss, trained, kind=mode)
         case "auto":
             raise ValueError("choose a mode first; see choose_mode")
 

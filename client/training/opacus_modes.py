@@ -6,7 +6,7 @@ mode's bound is the one that the noise is calibrated to, and no generator of tor
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
@@ -64,17 +64,23 @@ class PerSample:
     Args:
         model: In training mode; wrapped until `close`.
         loss: One value an example.
+        trained: Parameters in the order of the flat vector.
         kind: Which of the two.
     """
 
     def __init__(
-        self, model: nn.Module, loss: Loss, *, kind: Literal["hooks", "functorch"]
+        self,
+        model: nn.Module,
+        loss: Loss,
+        trained: Sequence[nn.Parameter],
+        *,
+        kind: Literal["hooks", "functorch"],
     ) -> None:
         self._loss = loss
         self._wrapped = GradSampleModule(
             model, loss_reduction="sum", force_functorch=kind == "functorch"
         )
-        self._trained = [p for p in model.parameters() if p.requires_grad]
+        self._trained = list(trained)
         self._size = sum(p.numel() for p in self._trained)
         self._optimizer = DPOptimizer(
             torch.optim.SGD(self._trained, lr=0.0),
@@ -128,12 +134,12 @@ class Ghost:
     serves plans with one record a patient.
     """
 
-    def __init__(self, model: nn.Module, loss: Loss) -> None:
+    def __init__(self, model: nn.Module, loss: Loss, trained: Sequence[nn.Parameter]) -> None:
         self._loss = loss
         self._wrapped = GradSampleModuleFastGradientClipping(
             model, loss_reduction="sum", use_ghost_clipping=True, max_grad_norm=1.0
         )
-        self._trained = [p for p in model.parameters() if p.requires_grad]
+        self._trained = list(trained)
         self._size = sum(p.numel() for p in self._trained)
 
     def __call__(self, batch: Batch, *, clip_norm: float) -> Clipped:
@@ -179,7 +185,8 @@ def _summed(p: nn.Parameter) -> Tensor:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Opacus' full backward hooks on first layers make torch warn once a layer."""
+    """Opacus' hooks on first layers, and its embeddings on a CPU, make torch warn."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Full backward hook is firing")
+        warnings.filterwarnings("ignore", message="In CPU autocast")
         yield
