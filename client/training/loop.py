@@ -84,11 +84,11 @@ def train(
     Raises:
         ValueError: The mode does not fit the model, or the model mixes records.
     """
-    with _session(model, loss, examples, plan) as session:
+    with session(model, loss, examples, plan) as work:
         for step in range(plan.steps):
-            session.step(step, noise)
-        update = session.update()
-        return LocalResult(update, plan.steps, event_of(plan), session.sanitised)
+            work.step(step, noise)
+        update = work.update()
+        return LocalResult(update, plan.steps, event_of(plan), work.sanitised)
 
 
 def sampled_clipped_sum(
@@ -107,9 +107,9 @@ def sampled_clipped_sum(
     """
     if isinstance(plan.guarantee, NotPrivate):
         raise ValueError("a clipped sum needs the clip_norm of a Private(...) plan")  # noqa: TRY004 (a choice, not a type)
-    with _session(model, loss, examples, plan) as session:
-        total = session.clipped_sum(noise)
-        return total.cpu().numpy(), session.sanitised
+    with session(model, loss, examples, plan) as work:
+        total = work.clipped_sum(work.draw(noise))
+        return total.cpu().numpy(), work.sanitised
 
 
 def event_of(plan: TrainingPlan) -> Any:
@@ -123,8 +123,14 @@ def event_of(plan: TrainingPlan) -> Any:
             return dp_accounting.SelfComposedDpEvent(sampled, plan.steps)
 
 
-class _Session:
-    """One round's state: flat parameters, clipper, sampler, optimizer."""
+class Session:
+    """One round's state: flat parameters, clipper, sampler, optimizer. Use `session`.
+
+    Attributes:
+        flat: The trained parameters as one vector, of which the model's are views.
+        sanitised: Records whose gradient was taken as zero, so far.
+        mode: How gradients are clipped; "none" under `NotPrivate()`.
+    """
 
     def __init__(
         self, model: nn.Module, loss: Loss, examples: Examples, plan: TrainingPlan
@@ -169,14 +175,20 @@ class _Session:
             weight_decay=plan.weight_decay,
         )
 
-    def clipped_sum(self, noise: NoiseSource) -> Tensor:
-        """Draw a batch and add up its clipped gradients."""
-        batch = self._sampler.draw(noise)
+    def draw(self, noise: NoiseSource) -> Batch:
+        """Who takes part in the next step."""
+        return self._sampler.draw(noise)
+
+    def clipped_sum(self, batch: Batch) -> Tensor:
+        """The sum of the patients' clipped gradients, flat: not private yet."""
         total: Tensor | None = None
         for part in self._parts(batch):
             clipped = self._clipper(part, clip_norm=self._clip_norm)
             self.sanitised += clipped.sanitised
-            total = clipped.total if total is None else total.add_(clipped.total)
+            if total is None:
+                total = clipped.total if part is batch else clipped.total.clone()
+            else:
+                total.add_(clipped.total)
         return torch.zeros_like(self.flat) if total is None else total
 
     @property
@@ -189,14 +201,18 @@ class _Session:
             yield batch
 
     def step(self, step: int, noise: NoiseSource) -> None:
-        """One step: after the noise is added nothing looks at a patient again."""
-        total = self.clipped_sum(noise)
+        """Draw a batch and take a step, the `step`-th of this round from 0."""
+        self.take(self.draw(noise), step, noise)
+
+    def take(self, batch: Batch, step: int, noise: NoiseSource) -> None:
+        """Take a step; after the noise is added nothing looks at a patient again."""
+        total = self.clipped_sum(batch)
         guarantee = self._plan.guarantee
         if isinstance(guarantee, Private):
-            drawn = noise.gaussian(
-                total.numel(), std=guarantee.noise_multiplier * guarantee.clip_norm
+            drawn = torch.from_numpy(
+                noise.gaussian(total.numel(), std=guarantee.noise_multiplier * guarantee.clip_norm)
             )
-            total.add_(torch.from_numpy(drawn).to(total.device))
+            total.add_(drawn if total.device.type == "cpu" else drawn.to(total.device))
         total.div_(self._plan.expected_batch_size)
         self._optimizer.step(total, learning_rate=self._plan.learning_rate_at(step))
 
@@ -240,11 +256,12 @@ def _nothing() -> None:
 
 
 @contextmanager
-def _session(
+def session(
     model: nn.Module, loss: Loss, examples: Examples, plan: TrainingPlan
-) -> Iterator[_Session]:
-    session = _Session(model, loss, examples, plan)
+) -> Iterator[Session]:
+    """A round's state, which is taken off the model at the end, whatever happens."""
+    work = Session(model, loss, examples, plan)
     try:
-        yield session
+        yield work
     finally:
-        session.close()
+        work.close()

@@ -107,7 +107,7 @@ class PerSample:
             self._optimizer.zero_grad(set_to_none=True)
             return flat, squared
 
-        return sanitised(batch, run, clip_norm=clip_norm, size=self._size)
+        return sanitised(batch, run, size=self._size)
 
     def _patients(self, batch: Batch) -> Tensor:
         """Add up the records of a patient in place, and give the patients' squared norms."""
@@ -167,7 +167,7 @@ class Ghost:
             self._clear()
             return flat, squared
 
-        return sanitised(batch, run, clip_norm=clip_norm, size=self._size)
+        return sanitised(batch, run, size=self._size)
 
     def _clear(self) -> None:
         for p in self._trained:

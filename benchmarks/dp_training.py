@@ -1,0 +1,419 @@
+"""What DP training costs: Fedward against plain torch, Opacus and `vmap(grad)`, in one process.
+
+    python benchmarks/dp_training.py [--quick] [--json] [--family mlp] [--batch 64]
+
+CPU time of a step on a given batch, of an epoch end to end (each with its own loader), and peak
+memory; medians over interleaved repetitions, and ratios to the reference named in each bar. Both
+Fedward and the references run on one thread. "fedward" draws its noise from the cryptographic
+source; "fedward-simulated" from the seeded one. Models are in `dp_models.py`.
+"""
+
+import argparse
+import json
+import math
+import os
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from dp_models import FAMILIES, Family
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+from torch.nn import functional
+from torch.utils.data import DataLoader, TensorDataset
+
+from fedward.client.training import Private, TrainingPlan, train
+from fedward.client.training.loop import session
+from fedward.privacy.mechanisms.noise import NoiseSource, secure_source, simulated_source
+
+CLIP_NORM, NOISE_MULTIPLIER, LEARNING_RATE, MOMENTUM = 1.0, 1.0, 0.05, 0.9
+EPOCH_STEPS = 8  # an epoch is this many expected batches
+Step = Callable[[], object]
+
+# Over plain torch, CPU time of a step, by family and batch.
+STEP_BARS = {
+    ("logistic", 64): 0.7,
+    ("logistic", 512): 0.7,
+    ("mlp", 64): 1.6,
+    ("mlp", 512): 1.6,
+    ("cnn", 64): 1.6,
+    ("cnn", 512): 1.3,
+    ("embedding", 64): 2.3,
+    ("embedding", 512): 2.3,
+    ("transformer", 64): 1.5,
+    ("transformer", 512): 1.5,
+}
+# How many times faster than Opacus' best mode, an epoch end to end.
+EPOCH_BARS = {"logistic": 6.0, "mlp": 3.0, "cnn": 1.8, "embedding": 4.0}
+
+
+def loss_of(outputs: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy, one value an example."""
+    return functional.cross_entropy(outputs, labels, reduction="none")
+
+
+_MINUS = torch.full((1, 1), -1.0)
+
+
+def _output_gradient(outputs: Tensor, labels: Tensor) -> Tensor:
+    return torch.softmax(outputs, 1).scatter_add_(1, labels[:, None], _MINUS.expand(len(labels), 1))
+
+
+loss_of.output_gradient = _output_gradient  # type: ignore[attr-defined]  # optional, see ClosedForm
+
+
+def plan_of(batch: int, *, steps: int, sample_rate: float) -> TrainingPlan:
+    """The plan that all private trainers follow."""
+    return TrainingPlan(
+        learning_rate=LEARNING_RATE,
+        momentum=MOMENTUM,
+        steps=steps,
+        sample_rate=sample_rate,
+        expected_batch_size=float(batch),
+        guarantee=Private(clip_norm=CLIP_NORM, noise_multiplier=NOISE_MULTIPLIER),
+    )
+
+
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer of every reference."""
+    return torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM)
+
+
+def tensors(family: Family, rows: int) -> tuple[Tensor, Tensor]:
+    """Records and labels."""
+    examples = family.examples(rows)
+    return torch.from_numpy(examples.features), torch.from_numpy(examples.labels)
+
+
+# ---- one step on a given batch
+
+
+def plain_step(family: Family, batch: int, _stack: ExitStack) -> Step:
+    """Torch without privacy."""
+    model = family.build().train()
+    optimizer, (x, y) = sgd(model), tensors(family, batch)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+
+    return step
+
+
+def fedward_step(source: NoiseSource) -> Callable[[Family, int, ExitStack], Step]:
+    """Ours, with the mode that it chooses by itself."""
+
+    def make(family: Family, batch: int, stack: ExitStack) -> Step:
+        plan = plan_of(batch, steps=1, sample_rate=1.0)
+        work = stack.enter_context(session(family.build(), loss_of, family.examples(batch), plan))
+        drawn = work.draw(source)
+        return lambda: work.take(drawn, 0, source)
+
+    return make
+
+
+def opacus_private(
+    family: Family, mode: str, loader: DataLoader[tuple[Tensor, ...]], *, poisson: bool
+) -> tuple[nn.Module, torch.optim.Optimizer, Callable[..., Tensor], DataLoader[tuple[Tensor, ...]]]:
+    """Opacus as its tutorial has it."""
+    from opacus import PrivacyEngine
+
+    model = (family.opacus or family.build)().train()
+    criterion = nn.CrossEntropyLoss()
+    made = PrivacyEngine(accountant="rdp").make_private(
+        module=model,
+        optimizer=sgd(model),
+        criterion=criterion,
+        data_loader=loader,
+        noise_multiplier=NOISE_MULTIPLIER,
+        max_grad_norm=CLIP_NORM,
+        poisson_sampling=poisson,
+        grad_sample_mode=mode,
+    )
+    if mode == "ghost":
+        return made[0], made[1], made[2], made[3]
+    return made[0], made[1], criterion, made[2]
+
+
+def opacus_step(mode: str) -> Callable[[Family, int, ExitStack], Step]:
+    """One of Opacus' modes."""
+
+    def make(family: Family, batch: int, _stack: ExitStack) -> Step:
+        x, y = tensors(family, batch)
+        loader = DataLoader(TensorDataset(x, y), batch_size=batch)
+        model, optimizer, criterion, _ = opacus_private(family, mode, loader, poisson=False)
+
+        def step() -> None:
+            optimizer.zero_grad()
+            criterion(model(x), y).backward()
+            optimizer.step()
+
+        return step
+
+    return make
+
+
+def vmap_step(family: Family, batch: int, _stack: ExitStack) -> Step:
+    """Every record's gradient by `torch.func`; a fused recurrent layer cannot be mapped."""
+    model = family.build().train()
+    optimizer, (x, y) = sgd(model), tensors(family, batch)
+    parameters = dict(model.named_parameters())
+
+    def one(values: Mapping[str, Tensor], record: Tensor, label: Tensor) -> Tensor:
+        return functional.cross_entropy(
+            functional_call(model, dict(values), (record[None],)), label[None]
+        )
+
+    per_record = vmap(grad(one), in_dims=(None, 0, 0))
+
+    def step() -> None:
+        gradients = per_record({n: p.detach() for n, p in parameters.items()}, x, y)
+        squared = torch.stack([g.flatten(1).square().sum(1) for g in gradients.values()]).sum(0)
+        factors = (CLIP_NORM / (squared.sqrt() + 1e-6)).clamp(max=1.0)
+        for name, p in parameters.items():
+            total = (factors @ gradients[name].flatten(1)).view_as(p)
+            total += torch.randn_like(p) * (NOISE_MULTIPLIER * CLIP_NORM)
+            p.grad = total / batch
+        optimizer.step()
+
+    return step
+
+
+STEPS: dict[str, Callable[[Family, int, ExitStack], Step]] = {
+    "plain": plain_step,
+    "fedward": fedward_step(secure_source()),
+    "fedward-simulated": fedward_step(simulated_source(1)),
+    "opacus-hooks": opacus_step("hooks"),
+    "opacus-ghost": opacus_step("ghost"),
+    "opacus-functorch": opacus_step("functorch"),
+    "vmap-grad": vmap_step,
+}
+
+# ---- an epoch end to end
+
+
+def plain_epoch(family: Family, batch: int) -> Step:
+    """Torch without privacy, with a shuffling loader."""
+    model = family.build().train()
+    optimizer = sgd(model)
+    data = TensorDataset(*tensors(family, batch * EPOCH_STEPS))
+    loader = DataLoader(data, batch_size=batch, shuffle=True)
+
+    def epoch() -> None:
+        for x, y in loader:
+            optimizer.zero_grad()
+            functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+
+    return epoch
+
+
+def fedward_epoch(source: NoiseSource) -> Callable[[Family, int], Step]:
+    """Ours, from the model that came in to the update that goes out."""
+
+    def make(family: Family, batch: int) -> Step:
+        examples, model = family.examples(batch * EPOCH_STEPS), family.build()
+        plan = plan_of(batch, steps=EPOCH_STEPS, sample_rate=1 / EPOCH_STEPS)
+        return lambda: train(model, loss_of, examples, plan=plan, noise=source)
+
+    return make
+
+
+def opacus_epoch(mode: str) -> Callable[[Family, int], Step]:
+    """Opacus with its own Poisson loader."""
+
+    def make(family: Family, batch: int) -> Step:
+        data = TensorDataset(*tensors(family, batch * EPOCH_STEPS))
+        loader = DataLoader(data, batch_size=batch)
+        model, optimizer, criterion, private = opacus_private(family, mode, loader, poisson=True)
+
+        def epoch() -> None:
+            for x, y in private:
+                optimizer.zero_grad()
+                criterion(model(x), y).backward()
+                optimizer.step()
+
+        return epoch
+
+    return make
+
+
+EPOCHS: dict[str, Callable[[Family, int], Step]] = {
+    "plain": plain_epoch,
+    "fedward": fedward_epoch(secure_source()),
+    "fedward-simulated": fedward_epoch(simulated_source(2)),
+    "opacus-hooks": opacus_epoch("hooks"),
+    "opacus-ghost": opacus_epoch("ghost"),
+    "opacus-functorch": opacus_epoch("functorch"),
+}
+
+# ---- measuring
+
+
+def timed(made: Mapping[str, Step], *, seconds: float) -> dict[str, float]:
+    """Median CPU milliseconds of each, in turns, so that a busy machine hits all alike."""
+    times: dict[str, list[float]] = {name: [] for name in made}
+    for step in made.values():
+        step()
+    deadline = time.perf_counter() + seconds
+    while time.perf_counter() < deadline or len(times["plain"]) < 5:
+        for name, step in made.items():
+            start = time.process_time_ns()
+            step()
+            times[name].append((time.process_time_ns() - start) / 1e6)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def build_all(
+    makers: Mapping[str, Callable[..., Step]], *args: object
+) -> tuple[dict[str, Step], dict[str, str]]:
+    """Those that run at all, and why the others do not."""
+    made: dict[str, Step] = {}
+    failed: dict[str, str] = {}
+    for name, make in makers.items():
+        try:
+            step = make(*args)
+            step()
+            made[name] = step
+        except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
+            failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
+    return made, failed
+
+
+def peak_mb(make: Callable[[Family, int, ExitStack], Step], family: Family, batch: int) -> float:
+    """Peak memory of three steps above what was there before, in a process of its own."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        grown = math.nan
+        try:
+            with ExitStack() as stack:
+                step = make(family, batch, stack)
+                Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+                before = _status("VmRSS")
+                for _ in range(3):
+                    step()
+                grown = (_status("VmHWM") - before) / 1024
+        except (RuntimeError, NotImplementedError, ValueError, TypeError, OSError):
+            grown = math.nan  # reported as not measured
+        os.write(writer, repr(grown).encode())
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as answer:
+        value = float(answer.read() or "nan")
+    os.waitpid(child, 0)
+    return value
+
+
+def _status(key: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key):
+            return int(line.split()[1])
+    raise OSError(f"no {key} in /proc/self/status")
+
+
+def measure(name: str, batch: int, *, seconds: float) -> dict[str, object]:
+    """All figures of one family at one batch size."""
+    family = FAMILIES[name]
+    torch.manual_seed(0)
+    memory = {engine: peak_mb(make, family, batch) for engine, make in STEPS.items()}
+    with ExitStack() as stack:
+        steps, failed = build_all(STEPS, family, batch, stack)
+        step_ms = timed(steps, seconds=seconds)
+    epochs, _ = build_all(EPOCHS, family, batch)
+    epoch_ms = timed(epochs, seconds=seconds)
+    return {
+        "family": name,
+        "batch": batch,
+        "step_ms": _rounded(step_ms),
+        "step_over_plain": _rounded({k: v / step_ms["plain"] for k, v in step_ms.items()}),
+        "epoch_ms": _rounded(epoch_ms),
+        "epoch_over_plain": _rounded({k: v / epoch_ms["plain"] for k, v in epoch_ms.items()}),
+        "peak_mb": {k: None if math.isnan(v) else round(v, 1) for k, v in memory.items()},
+        "does_not_run": failed,
+    }
+
+
+def _rounded(values: Mapping[str, float]) -> dict[str, float]:
+    return {name: float(f"{value:.4g}") for name, value in values.items()}
+
+
+def bars_of(rows: list[dict[str, object]]) -> list[dict[str, object]]:
+    """Every bar, held or missed."""
+    bars: list[dict[str, object]] = []
+
+    def bar(name: str, value: float, limit: float, *, at_most: bool) -> None:
+        holds = value <= limit if at_most else value >= limit
+        bars.append({"name": name, "value": round(value, 3), "bar": limit, "holds": holds})
+
+    for row in rows:
+        family, batch = str(row["family"]), int(str(row["batch"]))
+        steps, epochs = row["step_ms"], row["epoch_ms"]
+        if not isinstance(steps, dict) or not isinstance(epochs, dict):
+            raise TypeError("a row holds its times by engine")
+        label = f"{family} at {batch}"
+        if (family, batch) in STEP_BARS:
+            ratio = steps["fedward"] / steps["plain"]
+            bar(f"{label}: step over plain", ratio, STEP_BARS[family, batch], at_most=True)
+        best = min(value for name, value in epochs.items() if name.startswith("opacus"))
+        if family in EPOCH_BARS:
+            bar(
+                f"{label}: epoch, times faster than Opacus' best mode",
+                best / epochs["fedward"],
+                EPOCH_BARS[family],
+                at_most=False,
+            )
+        bar(
+            f"{label}: step over Opacus' default",
+            steps["fedward"] / steps["opacus-hooks"],
+            1.0,
+            at_most=True,
+        )
+    return bars
+
+
+def main() -> None:
+    """Measure, print, and say which bars hold."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="under a minute, noisier")
+    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    parser.add_argument("--family", choices=FAMILIES, action="append")
+    parser.add_argument("--batch", type=int, action="append")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")  # Opacus warns of what is measured here
+    rows = []
+    for family in args.family or FAMILIES:
+        for batch in args.batch or (64, 512):
+            row = measure(family, batch, seconds=0.5 if args.quick else 4.0)
+            rows.append(row)
+            print(
+                f"{family:12} {batch:4}  "
+                + "  ".join(f"{name} {value}" for name, value in _items(row["step_over_plain"]))
+                + "  | epoch  "
+                + "  ".join(f"{name} {value}" for name, value in _items(row["epoch_over_plain"])),
+                file=sys.stderr,
+                flush=True,
+            )
+    bars = bars_of(rows)
+    if args.json:
+        print(json.dumps({"rows": rows, "bars": bars}))
+        return
+    for bar in bars:
+        print(
+            f"{'holds ' if bar['holds'] else 'MISSED'} {bar['name']}: {bar['value']} ({bar['bar']})"
+        )
+
+
+def _items(values: object) -> list[tuple[str, float]]:
+    return list(values.items()) if isinstance(values, dict) else []
+
+
+if __name__ == "__main__":
+    main()
