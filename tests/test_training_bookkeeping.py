@@ -17,7 +17,6 @@ from fedward.client.training.recurrent import Unrolled, unroll
 from fedward.client.training.sampler import Batch
 
 
-# ruff: noqa: ANN401 (modules return Any)
 class Attention(nn.Module):
     def __init__(self, size: int = 8, heads: int = 2) -> None:
         super().__init__()

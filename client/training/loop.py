@@ -7,9 +7,8 @@ sees the sum; what follows it (averaging, optimizer, schedule) is post-processin
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
-import dp_accounting
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -20,9 +19,11 @@ from fedward.client.training.clippers import Clipper, Plain
 from fedward.client.training.modes import choose_mode, make_clipper
 from fedward.client.training.optimizers import FlatOptimizer
 from fedward.client.training.plan import NotPrivate, Private, TrainingPlan
+from fedward.client.training.prefetch import drawing_ahead
 from fedward.client.training.recurrent import unroll
 from fedward.client.training.sampler import Batch, PoissonSampler
-from fedward.privacy.mechanisms.noise import NoiseSource
+from fedward.privacy.accounting import DpEvent, dp_sgd_event
+from fedward.privacy.mechanisms.noise import NoiseSource, add_noise
 
 
 class Examples(Protocol):
@@ -56,7 +57,7 @@ class LocalResult:
 
     update: NDArray[np.float32]
     steps: int
-    event: Any  # dp_accounting publishes no types
+    event: DpEvent | None
     sanitised: int
 
 
@@ -70,9 +71,9 @@ def train(
     and divides by the public `expected_batch_size` (Abadi et al., CCS 2016, Algorithm 1, with
     a fixed denominator). A step that no patient is in releases noise like any other.
 
-    The order of draws from `noise` is part of the contract, so that a simulation repeats: in
-    each step `uniform(num_patients)`, then `uniform(num_records)` where some patient has more
-    than `max_records`, then `gaussian(num_trained_parameters)`.
+    The order of draws from a source that repeats is part of the contract: in each step
+    `uniform(num_patients)`, then `uniform(num_records)` where some patient has more than
+    `max_records`, then `add_noise` to a vector of the trained parameters.
 
     Args:
         model: Its parameters are where training starts, and afterwards where it ended.
@@ -84,9 +85,10 @@ def train(
     Raises:
         ValueError: The mode does not fit the model, or the model mixes records.
     """
+    source = drawing_ahead(noise, steps=plan.steps)
     with session(model, loss, examples, plan) as work:
         for step in range(plan.steps):
-            work.step(step, noise)
+            work.step(step, source)
         update = work.update()
         return LocalResult(update, plan.steps, event_of(plan), work.sanitised)
 
@@ -112,15 +114,15 @@ def sampled_clipped_sum(
         return total.cpu().numpy(), work.sanitised
 
 
-def event_of(plan: TrainingPlan) -> Any:
+def event_of(plan: TrainingPlan) -> DpEvent | None:
     """What the plan's steps cost a patient, as data; None under `NotPrivate()`."""
     match plan.guarantee:
         case NotPrivate():
             return None
         case Private(noise_multiplier=noise_multiplier):
-            gaussian = dp_accounting.GaussianDpEvent(noise_multiplier)
-            sampled = dp_accounting.PoissonSampledDpEvent(plan.sample_rate, gaussian)
-            return dp_accounting.SelfComposedDpEvent(sampled, plan.steps)
+            return dp_sgd_event(
+                noise_multiplier=noise_multiplier, sample_rate=plan.sample_rate, steps=plan.steps
+            )
 
 
 class Session:
@@ -209,10 +211,12 @@ class Session:
         total = self.clipped_sum(batch)
         guarantee = self._plan.guarantee
         if isinstance(guarantee, Private):
-            drawn = torch.from_numpy(
-                noise.gaussian(total.numel(), std=guarantee.noise_multiplier * guarantee.clip_norm)
+            released = add_noise(
+                total.cpu().numpy(),
+                std=guarantee.noise_multiplier * guarantee.clip_norm,
+                source=noise,
             )
-            total.add_(drawn if total.device.type == "cpu" else drawn.to(total.device))
+            total = torch.from_numpy(released).to(total.device)
         total.div_(self._plan.expected_batch_size)
         self._optimizer.step(total, learning_rate=self._plan.learning_rate_at(step))
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fedward.client.training.bookkeeping import Loss, clipping_factors
 from fedward.client.training.clippers import Clipped, sanitised
 from fedward.client.training.sampler import Batch
-from fedward.privacy.mechanisms.noise import NoiseSource
+from fedward.privacy.mechanisms.noise import NoiseSource, add_noise
 
 
 class SourcedOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus publishes no types
@@ -49,13 +49,17 @@ class SourcedOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus publishes n
     def add_noise(self) -> None:
         """Noise every summed gradient, from the one source."""
         parameters: list[nn.Parameter] = self.params
+        total = torch.cat([_summed(p).reshape(-1) for p in parameters])
+        released = torch.from_numpy(
+            add_noise(
+                total.cpu().numpy(),
+                std=self.noise_multiplier * self.max_grad_norm,
+                source=self._noise_source,
+            )
+        ).to(total.device)
         sizes = [p.numel() for p in parameters]
-        drawn = torch.from_numpy(
-            self._noise_source.gaussian(sum(sizes), std=self.noise_multiplier * self.max_grad_norm)
-        )
-        for p, noise in zip(parameters, torch.split(drawn, sizes), strict=True):
-            summed: Tensor = p.summed_grad  # type: ignore[attr-defined]  # Opacus' own attribute
-            p.grad = (summed + noise.to(summed).view_as(summed)).view_as(p)
+        for p, gradient in zip(parameters, torch.split(released, sizes), strict=True):
+            p.grad = gradient.view_as(p).clone()
 
 
 class PerSample:
