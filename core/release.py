@@ -23,7 +23,7 @@ from fedward.core.arrays import check_safetensors, read_golden
 from fedward.core.canonical import digest
 from fedward.core.errors import ReleaseRejected, SignatureInvalid
 from fedward.core.fields import ModelSignature, parse_signature
-from fedward.core.files import sync_folder, write_atomic
+from fedward.core.files import sync_folder
 from fedward.core.identity import Identity, PublicIdentity
 from fedward.core.modelsigning import BUNDLE_NAME, root_digest, sign_digests, verify_bundle
 
@@ -98,12 +98,23 @@ def write_release(
 
 
 def write_verified(folder: Path, files: Mapping[str, bytes], bundle: bytes) -> None:
-    """Write files and their bundle, durably, into the new folder `folder`."""
+    """Write files and their bundle, durably, into the new folder `folder`.
+
+    A folder under a name that no reader looks at needs no atomic files, only whole ones on disk.
+    """
     folder.mkdir(parents=True)
-    for path, content in files.items():
-        write_atomic(folder / path, content)
-    write_atomic(folder / BUNDLE_NAME, bundle)
-    sync_folder(folder.parent)
+    folders = {folder}
+    for path, content in {**files, BUNDLE_NAME: bundle}.items():
+        target = folder / path
+        if target.parent not in folders:
+            target.parent.mkdir()
+            folders.add(target.parent)
+        with target.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    for written in (*folders, folder.parent):
+        sync_folder(written)
 
 
 def read_release(folder: Path, trusted: PublicIdentity) -> Release:

@@ -1,28 +1,87 @@
-"""`python -m fedward.serving --store DIR`: the adapter alone, for a machine without the rest."""
+"""`python -m fedward.serving`: the adapter alone, for a machine without the rest.
+
+`--store DIR` serves; `keys add|revoke|list --store DIR` looks after who may ask; `log verify
+--store DIR` checks the audit log.
+"""
 
 import argparse
 import sys
 from pathlib import Path
+from typing import get_args
 
 from fedward.core.errors import FedwardError
-from fedward.serving.server import serve
+from fedward.serving.audit import verify_log
+from fedward.serving.gate import Role, add_key, read_keys, revoke_key
+from fedward.serving.server import Options, serve
 from fedward.serving.store import Store
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Serve until stopped; 1 for a failure that is explained on standard error."""
-    parser = argparse.ArgumentParser(prog="python -m fedward.serving", description=__doc__)
-    parser.add_argument("--store", type=Path, required=True, help="folder of verified releases")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
-    parser.add_argument("--port", type=int, default=8080, help="0 takes a free one")
-    parser.add_argument("--ready-file", type=Path, help="gets host and port as JSON, once ready")
-    options = parser.parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
     try:
-        serve(Store(options.store), options.host, options.port, ready_file=options.ready_file)
-    except (FedwardError, OSError) as error:
+        match words[:1]:
+            case ["keys"]:
+                _keys(words[1:])
+            case ["log"]:
+                _log(words[1:])
+            case _:
+                _serve(words)
+    except (FedwardError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _serve(words: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m fedward.serving", description=__doc__)
+    _store_option(parser)
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
+    parser.add_argument("--port", type=int, default=8080, help="0 takes a free one")
+    parser.add_argument("--ready-file", type=Path, help="gets host and port as JSON, once ready")
+    parser.add_argument("--tls-certificate", type=Path, help="PEM chain; answers HTTPS only")
+    parser.add_argument("--tls-key", type=Path, help="PEM private key")
+    parser.add_argument("--look-every", type=float, default=0.25, help="seconds between looks")
+    parser.add_argument("--rate", type=float, default=5000.0, help="requests a second by caller")
+    chosen = parser.parse_args(words)
+    options = Options(
+        ready_file=chosen.ready_file,
+        tls_certificate=chosen.tls_certificate,
+        tls_key=chosen.tls_key,
+        look_every=chosen.look_every,
+        rate=chosen.rate,
+    )
+    serve(Store(chosen.store), chosen.host, chosen.port, options=options)
+
+
+def _keys(words: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m fedward.serving keys")
+    parser.add_argument("do", choices=("add", "revoke", "list"))
+    _store_option(parser)
+    parser.add_argument("name", nargs="?", default="", help="whose key; goes into the audit log")
+    parser.add_argument("role", nargs="?", choices=get_args(Role), default="clinician")
+    chosen = parser.parse_args(words)
+    file = chosen.store / "state" / "keys.json"
+    match chosen.do:
+        case "add":
+            print(add_key(file, name=chosen.name, role=chosen.role))
+        case "revoke":
+            revoke_key(file, name=chosen.name)
+        case _:
+            for key in read_keys(file):
+                print(f"{key.name}\t{key.role}")
+
+
+def _log(words: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m fedward.serving log")
+    parser.add_argument("do", choices=("verify",))
+    _store_option(parser)
+    lines, head = verify_log(parser.parse_args(words).store / "state" / "audit.jsonl")
+    print(f"{lines} lines verify; head {head}")
+
+
+def _store_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--store", type=Path, required=True, help="folder of verified releases")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The models that are served now: replaced in one step, read without a lock."""
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -7,7 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedward.core.fields import ModelSignature
+from fedward.serving.drift import DriftMonitor, parse_monitor
 from fedward.serving.engine import Engine
+from fedward.serving.explain import reference_input
 from fedward.serving.guard import Guard
 from fedward.serving.problems import Problem
 
@@ -19,6 +22,8 @@ class Live:
     engine: Engine
     guard: Guard
     privacy: str
+    drift: DriftMonitor
+    reference: NDArray[np.float32]
 
     @property
     def signature(self) -> ModelSignature:
@@ -41,9 +46,7 @@ class Catalogue:
 
     def promote(self, engine: Engine) -> Live:
         """Serve `engine` under its model's name from the next request on."""
-        live = Live(
-            engine, Guard(engine.signature), privacy=str(engine.release.privacy["statement"])
-        )
+        live = _live(engine)
         # A new dict, so that no reader ever sees one that changes under it.
         self._live = {**self._live, engine.signature.model: live}
         return live
@@ -73,3 +76,16 @@ class Catalogue:
     def _served(self) -> str:
         served = [f"{n} version {self._live[n].signature.version}" for n in self.names()]
         return "served: " + (", ".join(served) or "nothing")
+
+
+def _live(engine: Engine) -> Live:
+    signature = engine.signature
+    monitor = engine.release.files.get("monitor.json")
+    histograms = {} if monitor is None else parse_monitor(json.loads(monitor))
+    return Live(
+        engine,
+        Guard(signature),
+        privacy=str(engine.release.privacy["statement"]),
+        drift=DriftMonitor(signature, histograms),
+        reference=reference_input(signature, histograms),
+    )

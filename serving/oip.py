@@ -156,20 +156,22 @@ def _tensor(tensor: dict[str, Any], tail: bytes) -> NDArray[np.float32]:
     dtype = dtype_of(tensor.get("datatype"))
     size = _parameters(tensor).get("binary_data_size")
     if size is None:
-        return shaped(_numbers(tensor.get("data")), tensor.get("shape"))
+        return shaped(numbers(tensor.get("data")), tensor.get("shape"))
     if not isinstance(size, int) or size != len(tail) or size % np.dtype(dtype).itemsize:
         raise Problem(400, f"{INPUT!r}: `binary_data_size` does not fit the body")
     return shaped(np.frombuffer(tail, np.dtype(dtype).newbyteorder("<")), tensor.get("shape"))
 
 
-def _numbers(data: object) -> NDArray[np.float64]:
+def numbers(data: object) -> NDArray[np.float64]:
+    """A list of numbers, nested or not, null being NaN. Raises `Problem` 400."""
     if not isinstance(data, list):
         raise Problem(400, f"{INPUT!r}: `data` must be a list of numbers")
     try:
         values = np.array(data)
         if values.dtype == object:
             # null is missing; anything else that is no number is refused just below.
-            values = np.array([_number(value) for value in values.ravel()], np.float64)
+            plain = [_number(value) for value in values.ravel()]
+            values = np.array(plain, np.float64).reshape(values.shape)
     except (ValueError, OverflowError, RecursionError):
         raise Problem(400, f"{INPUT!r}: `data` is not a regular array of numbers") from None
     if values.dtype.kind not in "iuf" and values.size:

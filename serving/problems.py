@@ -1,5 +1,6 @@
 """What is wrong with a request, as the status and the JSON that answer it."""
 
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -12,6 +13,7 @@ class Problem(Exception):
         field: The field that is wrong, where it is one.
         allowed: What that field may be.
         row: The row of a batch, from 0, where it is one.
+        headers: HTTP headers that belong to the status.
     """
 
     def __init__(
@@ -22,9 +24,11 @@ class Problem(Exception):
         field: str | None = None,
         allowed: str | None = None,
         row: int | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
         self.status, self.error = status, error
         self.field, self.allowed, self.row = field, allowed, row
+        self.headers = dict(headers or {})
         super().__init__(error)
 
     def to_json(self) -> dict[str, Any]:

@@ -1,66 +1,139 @@
 """Serve a store: verify, listen, say so, answer until stopped."""
 
+import asyncio
+import contextlib
+import ipaddress
 import json
 import socket
 import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import uvicorn
 
+from fedward.core.errors import ConfigError
 from fedward.core.files import write_atomic
 from fedward.serving.app import App
+from fedward.serving.audit import AuditLog
 from fedward.serving.catalogue import Catalogue
-from fedward.serving.inbox import install_inbox
+from fedward.serving.gate import Gate, read_keys
+from fedward.serving.service import Service
 from fedward.serving.store import Store
+from fedward.serving.watcher import Watcher
 
 _BACKLOG = 2048
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """How to serve.
+
+    Attributes:
+        ready_file: Gets `{"host": ..., "port": ...}` in one step, once requests are answered.
+        tls_certificate: PEM certificate chain; with `tls_key`, only HTTPS is answered.
+        tls_key: PEM private key.
+        keys: API keys; by default STORE/state/keys.json. With none of them, everybody who reaches
+            the adapter may ask, which only loopback allows.
+        look_every: Seconds between two looks at the store.
+        rate: Requests a second that one caller may make over time.
+    """
+
+    ready_file: Path | None = None
+    tls_certificate: Path | None = None
+    tls_key: Path | None = None
+    keys: Path | None = None
+    look_every: float = 0.25
+    rate: float = 5000.0
+
+
 class _Server(uvicorn.Server):
-    """Uvicorn that says when it answers, and where."""
+    """Uvicorn that says when it answers and where, and looks after the store meanwhile."""
 
     def __init__(
-        self, config: uvicorn.Config, *, address: tuple[str, int], ready: Path | None
+        self, config: uvicorn.Config, *, url: str, ready: Path | None, work: "_Work"
     ) -> None:
         super().__init__(config)
-        self._address, self._ready = address, ready
+        self._url, self._ready, self._work = url, ready, work
+        self._tasks: list[asyncio.Task[None]] = []
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets=sockets)
         if self.should_exit:
             return
-        host, port = self._address
-        print(f"ready at http://{host}:{port}", file=sys.stderr, flush=True)
+        self._tasks = [asyncio.create_task(self._work.watcher.run(every=self._work.every))]
+        print(f"ready at {self._url}", file=sys.stderr, flush=True)
         if self._ready is not None:
-            write_atomic(self._ready, json.dumps({"host": host, "port": port}) + "\n")
+            host, _, port = self._url.partition("://")[2].rpartition(":")
+            address = {"host": host, "port": int(port), "url": self._url}
+            write_atomic(self._ready, json.dumps(address) + "\n")
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for task in self._tasks:
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+        await super().shutdown(sockets=sockets)
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    watcher: Watcher
+    every: float
 
 
 def serve(
-    store: Store, host: str = "127.0.0.1", port: int = 8080, *, ready_file: Path | None = None
+    store: Store,
+    host: str = "127.0.0.1",
+    port: int = 8080,
+    *,
+    ready_file: Path | None = None,
+    options: Options | None = None,
 ) -> None:
     """Verify the newest releases of a store and serve them until stopped by SIGINT or SIGTERM.
 
-    Releases that wait in the store's inbox are installed first.
+    Releases that wait in the store's inbox are installed, at the start and from then on.
 
     Args:
         store: The hospital's store.
         host: Address to listen on; the default is reachable from this machine only.
         port: Port to listen on; 0 takes a free one.
-        ready_file: Gets `{"host": ..., "port": ...}` in one step, once requests are answered.
+        ready_file: As in `Options`, which it goes before.
+        options: How to serve.
 
     Raises:
         ReleaseRejected: The store is empty, or what it serves does not verify.
         SignatureInvalid: A stored file changed since it was installed.
+        ConfigError: The keys are malformed, or the network would reach an adapter without keys.
+        AuditCorrupt: The audit log was changed.
         OSError: The address cannot be listened on.
     """
-    install_inbox(store)
-    names = sorted(store.served())
-    catalogue = Catalogue([store.newest(name) for name in names] or [store.newest()])
+    how = options or Options()
+    state = store.folder / "state"
+    keys = read_keys(how.keys or state / "keys.json")
+    if not keys and not _is_loopback(host):
+        raise ConfigError(
+            f"has no API key and {host} can be reached from the network; make one with: "
+            "python -m fedward.serving keys add --store DIR NAME ROLE",
+            file=str(how.keys or state / "keys.json"),
+        )
+    catalogue = Catalogue([])
+    with AuditLog(state / "audit.jsonl") as audit:
+        service = Service(catalogue, Gate(keys, rate=how.rate), audit=audit, store=store)
+        service.state = state
+        watcher = Watcher(store, catalogue, service.told)
+        watcher.look()
+        if not catalogue.names():
+            store.newest(next(iter(store.served()), None))  # says what is wrong
+        _run(service, watcher, (host, port), replace(how, ready_file=ready_file or how.ready_file))
+
+
+def _run(service: Service, watcher: Watcher, address: tuple[str, int], how: Options) -> None:
+    host, port = address
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.create_server((host, port), family=family, backlog=_BACKLOG) as listener:
-        address = (host, int(listener.getsockname()[1]))
+        scheme = "http" if how.tls_certificate is None else "https"
         config = uvicorn.Config(
-            App(catalogue),
+            App(service),
             loop="uvloop",
             http="httptools",
             ws="none",
@@ -70,5 +143,18 @@ def serve(
             server_header=False,
             date_header=False,
             timeout_graceful_shutdown=5,
+            ssl_certfile=how.tls_certificate,
+            ssl_keyfile=how.tls_key,
         )
-        _Server(config, address=address, ready=ready_file).run(sockets=[listener])
+        url = f"{scheme}://{host}:{listener.getsockname()[1]}"
+        work = _Work(watcher, how.look_every)
+        _Server(config, url=url, ready=how.ready_file, work=work).run(sockets=[listener])
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -15,9 +15,11 @@ from serving_client import ask
 
 from fedward.core.identity import Identity
 from fedward.core.release import read_release
-from fedward.serving.app import MAX_BODY, App
+from fedward.serving.app import App
 from fedward.serving.catalogue import Catalogue
 from fedward.serving.engine import start_engine
+from fedward.serving.http import MAX_BODY
+from fedward.serving.service import Service
 
 _INFER = "/v2/models/tiny/infer"
 _PATIENT = {"age": 63, "sex": "male", "cholesterol": 240, "smoker": True}
@@ -27,7 +29,7 @@ _PATIENT = {"age": 63, "sex": "male", "cholesterol": 240, "smoker": True}
 def app(tmp_path_factory: pytest.TempPathFactory) -> App:
     identity = Identity.generate_publisher()
     folder = publish_sample(tmp_path_factory.mktemp("registry"), identity)
-    return App(Catalogue([start_engine(read_release(folder, identity.public))]))
+    return App(Service(Catalogue([start_engine(read_release(folder, identity.public))])))
 
 
 def _request(inputs: Any, **more: Any) -> dict[str, Any]:
@@ -331,7 +333,7 @@ def test_no_junk_is_answered_with_a_server_error(
 def test_a_store_is_served_by_its_newest_version(tmp_path: Path) -> None:
     identity = Identity.generate_publisher()
     catalogue = Catalogue([])
-    served = App(catalogue)
+    served = App(Service(catalogue))
     assert ask(served, "GET", "/v2/health/ready").status == 503
 
     for bias in (-2.0, -1.0):

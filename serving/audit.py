@@ -1,0 +1,180 @@
+"""The audit log: who asked what of which version, chained so that a change is located.
+
+One JSON object a line; each holds the SHA-256 of the line before and its own. Lines are written
+and flushed to disk in groups by a thread, so that no request waits for the disk: a power cut
+loses at most the last group. It never holds a patient's value.
+
+The chain shows what was changed, inserted, removed or reordered inside the file. Cutting lines
+off its end shows against any head written down elsewhere: `head` is in the metrics and on the page.
+"""
+
+import json
+import os
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fedward.core.canonical import canonical_json, digest
+from fedward.core.errors import FedwardError
+
+_GENESIS = "0" * 64
+_GROUP_SECONDS = 0.05
+
+
+class AuditCorrupt(FedwardError):
+    """An audit log does not verify.
+
+    Args:
+        file: The log.
+        line: The first line that is wrong, from 1.
+        reason: What is wrong with it.
+    """
+
+    def __init__(self, *, file: Path, line: int, reason: str) -> None:
+        self.line = line
+        super().__init__(f"{file}, line {line}: {reason}; compare with a backup")
+
+
+class AuditLog:
+    """Appends to one file. Close it, or use it as a context, to flush the last group.
+
+    Args:
+        file: Made if missing; verified if not.
+
+    Raises:
+        AuditCorrupt: The file does not verify. A torn last line of a crash is cut off.
+    """
+
+    def __init__(self, file: Path) -> None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        _cut_torn_line(file)
+        self._number, self._head = verify_log(file)
+        self._descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        self._waiting: list[dict[str, Any]] = []
+        self._changed = threading.Condition()
+        self._durable = self._asked = 0
+        self._closing = False
+        self._writer = threading.Thread(target=self._write_groups, name="audit", daemon=True)
+        self._writer.start()
+
+    def __enter__(self) -> "AuditLog":
+        """Itself."""
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Flush and close."""
+        self.close()
+
+    @property
+    def head(self) -> str:
+        """The hash of the last line on disk, 64 hexadecimal digits."""
+        return self._head
+
+    def append(self, action: str, **facts: str | float | None) -> None:
+        """Record an action; returns at once.
+
+        Args:
+            action: What was done, one word.
+            facts: Who, model, version, status; never a patient's value.
+        """
+        entry = {"action": action, "time": time.time(), **facts}
+        with self._changed:
+            self._waiting.append(entry)
+            self._asked += 1
+            if len(self._waiting) == 1:
+                self._changed.notify_all()
+
+    def flush(self) -> None:
+        """Return once all that was appended before is on disk."""
+        with self._changed:
+            wanted = self._asked
+            self._changed.wait_for(lambda: self._durable >= wanted or self._closing)
+
+    def close(self) -> None:
+        """Write what waits and stop."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        self._writer.join()
+        os.close(self._descriptor)
+
+    def _write_groups(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: bool(self._waiting) or self._closing)
+                closing = self._closing
+            if not closing:
+                time.sleep(_GROUP_SECONDS)  # let a group gather
+            with self._changed:
+                group, self._waiting = self._waiting, []
+                closing = self._closing
+            if group:
+                self._write(group)
+            elif closing:
+                return
+
+    def _write(self, group: list[dict[str, Any]]) -> None:
+        lines = []
+        number, head = self._number, self._head
+        for entry in group:
+            number += 1
+            line, head = _line(entry, number=number, before=head)
+            lines.append(line)
+        data = memoryview(b"".join(lines))
+        while data:
+            data = data[os.write(self._descriptor, data) :]
+        os.fdatasync(self._descriptor)
+        with self._changed:
+            self._number, self._head = number, head
+            self._durable += len(group)
+            self._changed.notify_all()
+
+
+def verify_log(file: Path) -> tuple[int, str]:
+    """Check a whole log.
+
+    Returns:
+        The number of lines and the hash of the last.
+
+    Raises:
+        AuditCorrupt: The first line that was changed, inserted, removed or moved.
+    """
+    number, head = 0, _GENESIS
+    if not file.exists():
+        return number, head
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                entry = json.loads(line)
+                stated = entry.pop("hash")
+                expected, now = _line_of(entry)
+            except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+                raise AuditCorrupt(file=file, line=number, reason="is not a record") from None
+            if expected != line or stated != now:
+                raise AuditCorrupt(file=file, line=number, reason="was changed")
+            if entry.get("before") != head or entry.get("number") != number:
+                raise AuditCorrupt(file=file, line=number, reason="does not follow the one before")
+            head = now
+    return number, head
+
+
+def _line(entry: Mapping[str, Any], *, number: int, before: str) -> tuple[bytes, str]:
+    return _line_of({**entry, "number": number, "before": before})
+
+
+def _line_of(entry: Mapping[str, Any]) -> tuple[bytes, str]:
+    own = digest(canonical_json(entry))
+    return canonical_json({**entry, "hash": own}) + b"\n", own
+
+
+def _cut_torn_line(file: Path) -> None:
+    """Remove what a power cut left of a line: without its end, nobody was told it was kept."""
+    try:
+        data = file.read_bytes()
+    except FileNotFoundError:
+        return
+    whole = data.rfind(b"\n") + 1
+    if whole < len(data):
+        os.truncate(file, whole)

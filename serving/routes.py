@@ -1,0 +1,225 @@
+"""Every path of the adapter: its method, who may ask, and what answers."""
+
+import re
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from fedward.serving import oip
+from fedward.serving.catalogue import Live
+from fedward.serving.clinical import parse_json
+from fedward.serving.gate import Caller, Role
+from fedward.serving.http import (
+    Answer,
+    Receive,
+    Scope,
+    answer_json,
+    header,
+    read_body,
+)
+from fedward.serving.problems import Problem
+from fedward.serving.service import Service, parse_instances
+from fedward.serving.telemetry import CONTENT_TYPE
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One request on its way to its handler.
+
+    Attributes:
+        service: The adapter.
+        scope: ASGI's scope.
+        receive: ASGI's receive.
+        parts: What the path's groups matched; None where one did not.
+        caller: Who asks.
+    """
+
+    service: Service
+    scope: Scope
+    receive: Receive
+    parts: tuple[str | None, ...]
+    caller: Caller
+
+    @property
+    def live(self) -> Live:
+        """The model that the path names: its first part, and its version if that is the second."""
+        version = self.parts[1] if len(self.parts) > 1 else None
+        return self.service.catalogue.get(self.parts[0], version)
+
+    async def body(self) -> bytes:
+        """The body. Raises `Problem`."""
+        return await read_body(self.scope, self.receive)
+
+
+Handler = Callable[[Request], Awaitable[Answer]]
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """A path.
+
+    Attributes:
+        name: What metrics call it.
+        method: GET (HEAD goes with it) or POST.
+        path: The whole path.
+        handler: Answers.
+        roles: Which may ask; empty for any caller with a key; None for anybody, key or not.
+    """
+
+    name: str
+    method: str
+    path: re.Pattern[str]
+    handler: Handler
+    roles: tuple[Role, ...] | None
+
+
+async def _infer(request: Request) -> Answer:
+    live = request.live
+    body = await request.body()
+    length = header(request.scope, b"inference-header-content-length")
+    asked = oip.parse_infer(body, length)
+    outputs = await request.service.predict(
+        live, asked.inputs, caller=request.caller, action="infer"
+    )
+    content, json_length = oip.encode_infer(live.signature, asked, outputs)
+    if json_length is None:
+        return Answer(content)
+    headers = (
+        (b"content-type", b"application/octet-stream"),
+        (b"inference-header-content-length", str(json_length).encode()),
+    )
+    return Answer(content, headers=headers)
+
+
+async def _predict(request: Request) -> Answer:
+    live = request.live
+    values = parse_json(await request.body())
+    answer = await request.service.answer_patient(live, values, caller=request.caller)
+    return answer_json(answer)
+
+
+async def _explain(request: Request) -> Answer:
+    live = request.live
+    values = parse_json(await request.body())
+    answer = await request.service.explain_patient(live, values, caller=request.caller)
+    return answer_json(answer)
+
+
+async def _v1_predict(request: Request) -> Answer:
+    live = request.live
+    inputs = parse_instances(live, parse_json(await request.body()))
+    outputs = await request.service.predict(live, inputs, caller=request.caller, action="infer")
+    rows = outputs[:, 0] if outputs.shape[1] == 1 else outputs
+    return answer_json({"predictions": rows.tolist()})
+
+
+async def _v1_explain(request: Request) -> Answer:
+    live = request.live
+    inputs = parse_instances(live, parse_json(await request.body()))
+    if len(inputs) > _MOST_EXPLAINED:
+        raise Problem(413, f"at most {_MOST_EXPLAINED} instances are explained in one request")
+    await request.service.predict(live, inputs, caller=request.caller, action="explain")
+    explained = [await request.service.contributions(live, row) for row in inputs]
+    return answer_json({"explanations": [one["explanation"] for one in explained]})
+
+
+async def _outcome(request: Request) -> Answer:
+    live = request.live
+    value = parse_json(await request.body())
+    return answer_json(await request.service.add_outcome(live, value, caller=request.caller))
+
+
+async def _model(request: Request) -> Answer:
+    live = request.live
+    return answer_json(oip.model_metadata(live.signature, [str(live.signature.version)]))
+
+
+async def _model_ready(request: Request) -> Answer:
+    return answer_json({"name": request.live.signature.model, "ready": True})
+
+
+async def _index(request: Request) -> Answer:
+    await request.body()
+    catalogue = request.service.catalogue
+    return answer_json(
+        [
+            {
+                "name": name,
+                "version": str(catalogue.get(name).signature.version),
+                "state": "READY",
+                "reason": "",
+            }
+            for name in catalogue.names()
+        ]
+    )
+
+
+async def _v1_models(request: Request) -> Answer:
+    return answer_json({"models": list(request.service.catalogue.names())})
+
+
+async def _server(_: Request) -> Answer:
+    return answer_json(oip.server_metadata())
+
+
+async def _alive(_: Request) -> Answer:
+    return answer_json({"live": True})
+
+
+async def _ready(request: Request) -> Answer:
+    ready = bool(request.service.catalogue.names())
+    return answer_json({"ready": ready, "live": True}, status=200 if ready else 503)
+
+
+async def _metrics(request: Request) -> Answer:
+    text = request.service.metrics().encode()
+    return Answer(text, headers=((b"content-type", CONTENT_TYPE),))
+
+
+async def _monitor(request: Request) -> Answer:
+    return answer_json(request.service.monitor(request.live))
+
+
+async def _status(request: Request) -> Answer:
+    return answer_json(request.service.status())
+
+
+async def _roll_back(request: Request) -> Answer:
+    await request.body()
+    model = request.live.signature.model
+    return answer_json(await request.service.roll_back(model, caller=request.caller))
+
+
+_MOST_EXPLAINED = 32
+_NAME = r"([^/:]+)"
+_MODEL = rf"/v2/models/{_NAME}(?:/versions/([^/]+))?"
+_CLINICIAN: tuple[Role, ...] = ("clinician",)
+_OPERATOR: tuple[Role, ...] = ("operator",)
+_WATCHING: tuple[Role, ...] = ("operator", "auditor")
+
+
+def _route(
+    name: str, method: str, path: str, handler: Handler, roles: tuple[Role, ...] | None
+) -> Route:
+    return Route(name, method, re.compile(path + "/?"), handler, roles)
+
+
+ROUTES = (
+    _route("infer", "POST", _MODEL + "/infer", _infer, _CLINICIAN),
+    _route("predict", "POST", rf"/predict(?:/{_NAME})?", _predict, _CLINICIAN),
+    _route("explain", "POST", rf"/explain(?:/{_NAME})?", _explain, _CLINICIAN),
+    _route("outcomes", "POST", rf"/outcomes(?:/{_NAME})?", _outcome, _CLINICIAN),
+    _route("ready", "GET", "/v2/health/ready", _ready, None),
+    _route("live", "GET", "/v2/health/live", _alive, None),
+    _route("server", "GET", "/v2", _server, ()),
+    _route("model", "GET", _MODEL, _model, ()),
+    _route("model-ready", "GET", _MODEL + "/ready", _model_ready, ()),
+    _route("index", "POST", "/v2/repository/index", _index, ()),
+    _route("v1-predict", "POST", rf"/v1/models/{_NAME}:predict", _v1_predict, _CLINICIAN),
+    _route("v1-explain", "POST", rf"/v1/models/{_NAME}:explain", _v1_explain, _CLINICIAN),
+    _route("v1-model", "GET", rf"/v1/models/{_NAME}", _model_ready, ()),
+    _route("v1-models", "GET", "/v1/models", _v1_models, ()),
+    _route("metrics", "GET", "/metrics", _metrics, _WATCHING),
+    _route("monitor", "GET", rf"/monitor(?:/{_NAME})?", _monitor, _WATCHING),
+    _route("status", "GET", "/status", _status, _WATCHING),
+    _route("roll-back", "POST", rf"/manage/models/{_NAME}/roll-back", _roll_back, _OPERATOR),
+)

@@ -1,0 +1,251 @@
+"""What the adapter does, whatever protocol asks: admit, guard, predict, explain, count, record."""
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedward.serving import clinical
+from fedward.serving.audit import AuditLog
+from fedward.serving.catalogue import Catalogue, Live
+from fedward.serving.explain import explain, explanation_json
+from fedward.serving.gate import ANYONE, Caller, Gate, Headers, Role
+from fedward.serving.oip import numbers, to_float32
+from fedward.serving.outcomes import Outcomes, Receipts, parse_outcome
+from fedward.serving.problems import Problem
+from fedward.serving.store import Store
+from fedward.serving.telemetry import Telemetry
+
+# A batch this large would hold up other requests for more than about a millisecond.
+_ROWS_IN_THREAD = 256
+
+
+@dataclass(slots=True)
+class Service:
+    """One adapter's state. Used from the event loop.
+
+    Attributes:
+        catalogue: What is served.
+        gate: Who may ask.
+        telemetry: What is counted.
+        audit: Where it is recorded; None records nothing (a service made for a test).
+        store: Where releases are; None cannot roll back.
+        state: Folder of receipts' key and outcomes; None takes no outcomes.
+        alarms: What an operator should see, the newest last.
+    """
+
+    catalogue: Catalogue
+    gate: Gate = field(default_factory=lambda: Gate(()))
+    telemetry: Telemetry = field(default_factory=Telemetry)
+    audit: AuditLog | None = None
+    store: Store | None = None
+    state: Path | None = None
+    alarms: list[str] = field(default_factory=list)
+    _receipts: Receipts | None = None
+    _outcomes: dict[str, Outcomes] = field(default_factory=dict)
+
+    def admit(self, headers: Headers, roles: Sequence[Role]) -> Caller:
+        """Who asks, if one of `roles` may. Raises `Problem` 401, 403 or 429."""
+        return self.gate.admit(headers, roles)
+
+    async def predict(
+        self, live: Live, inputs: NDArray[np.float32], *, caller: Caller, action: str
+    ) -> NDArray[np.float32]:
+        """Guarded probabilities, counted, watched for drift and recorded.
+
+        Args:
+            live: The version that answers.
+            inputs: float32, shape `(n, fields)`; NaN is missing.
+            caller: Who asks.
+            action: What the audit log calls it.
+
+        Returns:
+            float32, shape `(n, outputs)`.
+
+        Raises:
+            Problem: 400, 413 or 422; see `Guard.check`.
+        """
+        try:
+            if len(inputs) <= _ROWS_IN_THREAD:
+                outputs = live.predict(inputs)
+            else:
+                outputs = await asyncio.to_thread(live.predict, inputs)
+        except Problem as problem:
+            self.note_refusal(live, problem)
+            raise
+        signature = live.signature
+        live.drift.see(inputs, outputs)
+        self.telemetry.predicted(signature.model, signature.version, len(inputs))
+        self.record(action, live, caller, rows=len(inputs))
+        return outputs
+
+    async def answer_patient(
+        self, live: Live, values: dict[str, Any], *, caller: Caller
+    ) -> dict[str, Any]:
+        """What `/predict` answers. Raises `Problem`."""
+        inputs = self.parse_patient(live, values)
+        outputs = await self.predict(live, inputs, caller=caller, action="predict")
+        answer = clinical.answer(live.signature, inputs, outputs, privacy=live.privacy)
+        receipts = self._receipt_maker()
+        if receipts is not None and outputs.shape[1] == 1:
+            signature = live.signature
+            answer["receipt"] = receipts.make(
+                signature.model, signature.version, float(outputs[0, 0])
+            )
+        return answer
+
+    async def explain_patient(
+        self, live: Live, values: dict[str, Any], *, caller: Caller
+    ) -> dict[str, Any]:
+        """`/predict`'s answer with each value's contribution. Raises `Problem`."""
+        inputs = self.parse_patient(live, values)
+        outputs = await self.predict(live, inputs, caller=caller, action="explain")
+        answer = clinical.answer(live.signature, inputs, outputs, privacy=live.privacy)
+        return {**answer, **await self.contributions(live, inputs[0])}
+
+    async def contributions(self, live: Live, inputs: NDArray[np.float32]) -> dict[str, Any]:
+        """Each value's contribution to one row's answer; off the event loop."""
+        if len(live.signature.outputs) != 1:
+            raise Problem(400, "only a model of one probability is explained")
+        explanation = await asyncio.to_thread(explain, live.engine.predict, inputs, live.reference)
+        return {"explanation": explanation_json(live.signature, explanation)}
+
+    def parse_patient(self, live: Live, values: dict[str, Any]) -> NDArray[np.float32]:
+        """Named values as the model's input; a refusal is counted. Raises `Problem` 422."""
+        try:
+            return clinical.parse_patient(values, live.signature)
+        except Problem as problem:
+            self.note_refusal(live, problem)
+            raise
+
+    async def add_outcome(
+        self, live: Live, value: Mapping[str, Any], *, caller: Caller
+    ) -> dict[str, Any]:
+        """Keep what became of a patient. Raises `Problem` 409 or 422."""
+        receipts = self._receipt_maker()
+        if receipts is None:
+            raise Problem(404, "this adapter takes no outcomes")
+        receipt = receipts.read(live.signature.model, value.get("receipt"))
+        outcome, groups = parse_outcome(value)
+        outcomes = self._outcomes_of(live.signature.model)
+        await asyncio.to_thread(outcomes.add, receipt, outcome=outcome, groups=groups)
+        self.record("outcome", live, caller)
+        return {"kept": True}
+
+    def monitor(self, live: Live) -> dict[str, Any]:
+        """Drift and calibration of what is served, as JSON values."""
+        signature = live.signature
+        calibration: dict[str, Any] = {"outcomes": 0}
+        if self.state is not None:
+            calibration = self._outcomes_of(signature.model).report(
+                signature.version, threshold=signature.threshold
+            )
+        return {
+            "model": signature.model,
+            "version": signature.version,
+            "drift": [asdict(shift) for shift in live.drift.shifts()],
+            "calibration": calibration,
+        }
+
+    def metrics(self) -> str:
+        """Prometheus text."""
+        gauges: list[tuple[str, dict[str, str], float]] = []
+        for name in self.catalogue.names():
+            live = self.catalogue.get(name)
+            gauges.append(("model_version", {"model": name}, live.signature.version))
+            for shift in live.drift.shifts():
+                labels = {"model": name, "field": shift.name}
+                gauges.append(("drift_psi", labels, shift.psi))
+                gauges.append(("drift_ks", labels, shift.ks))
+            calibration = self.monitor(live)["calibration"]
+            gauges.append(("outcomes", {"model": name}, calibration["outcomes"]))
+            gauges += [
+                (f"calibration_{measure}", {"model": name}, calibration[measure])
+                for measure in ("brier", "ece")
+                if measure in calibration
+            ]
+        return self.telemetry.text(gauges)
+
+    async def roll_back(self, model: str, *, caller: Caller) -> dict[str, Any]:
+        """Go back to the version before; the watcher swaps it in. Raises `Problem` 403 or 409."""
+        if caller is ANYONE or self.store is None:
+            raise Problem(403, "roll-back needs API keys: make one with the role operator")
+        try:
+            served = await asyncio.to_thread(self.store.roll_back, model)
+        except Exception as error:
+            raise Problem(409, str(error)) from error
+        if self.audit is not None:
+            self.audit.append("roll-back", model=model, version=served.version, caller=caller.name)
+            await asyncio.to_thread(self.audit.flush)
+        return {"model": model, "version": served.version}
+
+    def told(self, action: str, *, model: str, version: int, reason: str = "") -> None:
+        """Of a swap by the watcher, from its thread."""
+        self.telemetry.swapped(model, action)
+        if action == "refused":
+            self.alarms.append(f"{model} version {version} refused: {reason}")
+        if self.audit is not None:
+            self.audit.append(action, model=model, version=version, reason=reason)
+
+    def record(self, action: str, live: Live, caller: Caller, *, rows: int = 1) -> None:
+        """A line in the audit log."""
+        if self.audit is not None:
+            signature = live.signature
+            self.audit.append(
+                action,
+                model=signature.model,
+                version=signature.version,
+                caller=caller.name,
+                rows=rows,
+            )
+
+    def note_refusal(self, live: Live, problem: Problem) -> None:
+        """Count a refused field, if it is one of the model's own."""
+        if any(problem.field == known.name for known in live.signature.fields):
+            self.telemetry.refused(live.signature.model, str(problem.field))
+
+    def status(self) -> dict[str, Any]:
+        """What the page shows."""
+        models = []
+        for name in self.catalogue.names():
+            live = self.catalogue.get(name)
+            served = {} if self.store is None else self.store.served()
+            models.append(
+                {
+                    **self.monitor(live),
+                    "privacy": live.privacy,
+                    "previous": served[name].previous if name in served else None,
+                }
+            )
+        return {
+            "models": models,
+            "requests": self.telemetry.requests(),
+            "alarms": self.alarms[-20:],
+            "audit_head": None if self.audit is None else self.audit.head,
+        }
+
+    def _receipt_maker(self) -> Receipts | None:
+        if self._receipts is None and self.state is not None:
+            self._receipts = Receipts(self.state / "receipts.key")
+        return self._receipts
+
+    def _outcomes_of(self, model: str) -> Outcomes:
+        if model not in self._outcomes:
+            folder = Path() if self.state is None else self.state
+            self._outcomes[model] = Outcomes(folder / f"outcomes-{model}.jsonl")
+        return self._outcomes[model]
+
+
+def parse_instances(live: Live, body: dict[str, Any]) -> NDArray[np.float32]:
+    """KServe V1's `instances`: rows of raw values, or of named fields. Raises `Problem`."""
+    instances = body.get("instances")
+    if not isinstance(instances, list) or not instances:
+        raise Problem(400, "`instances` must be a list of at least one row")
+    if all(isinstance(instance, dict) for instance in instances):
+        rows = [clinical.parse_patient(instance, live.signature) for instance in instances]
+        return np.concatenate(rows)
+    return to_float32(numbers(instances))

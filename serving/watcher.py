@@ -1,0 +1,80 @@
+"""Notices that the store serves another version, and swaps it in while requests go on."""
+
+import asyncio
+import sys
+import threading
+from typing import Protocol
+
+from fedward.core.errors import FedwardError
+from fedward.serving.catalogue import Catalogue
+from fedward.serving.inbox import install_inbox
+from fedward.serving.store import Store
+
+
+class Told(Protocol):
+    """Is told of every swap, and of what could not be swapped."""
+
+    def __call__(self, action: str, *, model: str, version: int, reason: str = "") -> None:
+        """`action` is `promoted` or `refused`."""
+
+
+class Watcher:
+    """Keeps a catalogue in step with a store.
+
+    The store's `serving.json` changes in one step; what it names is verified and started in full
+    before the catalogue changes, also in one step. Until then, and if it does not verify, the
+    version that serves goes on serving.
+    """
+
+    def __init__(self, store: Store, catalogue: Catalogue, told: Told) -> None:
+        self._store, self._catalogue, self._told = store, catalogue, told
+        self._seen: tuple[int, int] | None = None
+        self._failed: dict[str, int] = {}
+        self._one_at_a_time = threading.Lock()
+
+    def look(self) -> None:
+        """Install what waits in the inbox, and swap in what the store serves now. Blocks."""
+        with self._one_at_a_time:
+            install_inbox(self._store)
+            stamp = self._stamp()
+            if stamp == self._seen:
+                return
+            for name, served in self._store.served().items():
+                if self._version(name) != served.version:
+                    self._swap(name, served.version)
+            self._seen = stamp
+
+    async def run(self, *, every: float) -> None:
+        """Look again and again, off the event loop, until cancelled."""
+        while True:
+            await asyncio.sleep(every)
+            try:
+                await asyncio.to_thread(self.look)
+            except (FedwardError, OSError) as error:
+                print(f"the store cannot be read: {error}", file=sys.stderr, flush=True)
+
+    def _swap(self, name: str, version: int) -> None:
+        if self._failed.get(name) == version:
+            return
+        try:
+            engine = self._store.load(name, version)
+        except FedwardError as error:
+            self._failed[name] = version
+            self._told("refused", model=name, version=version, reason=str(error))
+            return
+        self._failed.pop(name, None)
+        self._catalogue.promote(engine)
+        self._told("promoted", model=name, version=version)
+
+    def _version(self, name: str) -> int | None:
+        if name not in self._catalogue.names():
+            return None
+        return self._catalogue.get(name).signature.version
+
+    def _stamp(self) -> tuple[int, int] | None:
+        try:
+            status = (self._store.folder / "serving.json").stat()
+        except FileNotFoundError:
+            return None
+        # A replaced file has another inode even within the clock's resolution.
+        return status.st_ino, status.st_mtime_ns
