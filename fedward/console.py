@@ -221,19 +221,19 @@ def _show_hospitals(value: Mapping[str, Any]) -> None:
 def _show_comparison(value: Mapping[str, Any]) -> None:
     table = Table(
         box=box.SIMPLE_HEAD,
-        title="Held-out patients: AUC (accuracy)",
+        title="Held-out patients: AUC and accuracy",
         title_style="bold",
-        caption=value["caption"],
-        caption_justify="left",
     )
-    table.add_column("hospital")
+    table.add_column("hospital", no_wrap=True, min_width=11)
     for column in value["columns"]:
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     for row in value["rows"]:
         if row["name"] == "mean":
             table.add_section()
-        table.add_row(row["name"], *row["cells"], style="bold" if row["name"] == "pooled" else "")
+        table.add_row(row["name"], *row["cells"], style="bold" if row["name"] == "all" else "")
     _OUT.print(table)
+    _OUT.print(value["caption"], style="dim", soft_wrap=True)
+    _OUT.print()
 
 
 def _show_release(value: Mapping[str, Any]) -> None:
@@ -245,14 +245,16 @@ def _show_release(value: Mapping[str, Any]) -> None:
 
 
 def _show_answer(value: Mapping[str, Any]) -> None:
-    fields = ", ".join(f"{name} {given}" for name, given in value["asked"].items())
+    fields = ", ".join(
+        f"{name.replace('_', ' ')} {given}" for name, given in value["asked"].items()
+    )
     answer = value["answer"]
     _OUT.print()
     _OUT.print(f"[bold]One patient, asked of the adapter at {value['url']}[/bold]")
-    _OUT.print(f"  {fields}")
+    _OUT.print(f"  {fields}", style="dim")
     _OUT.print(
         f"  risk of heart disease [bold]{answer['probability']:.1%}[/bold]   "
-        f"model {answer['model_name']} version {answer['model_version']}"
+        f"{answer['model']['name']} version {answer['model']['version']}"
     )
     _OUT.print(f"  [dim]{answer['privacy']}[/dim]")
 

@@ -131,13 +131,13 @@ def _cards(metrics: Mapping[str, Any]) -> str:
 def _comparison(comparison: Mapping[str, Any]) -> str:
     head = "".join(f"<th>{_e(name)}</th>" for name in ["hospital", *comparison["columns"]])
     rows = "".join(
-        f"<tr{' class=strong' if row['name'] == 'pooled' else ''}><td>{_e(row['name'])}</td>"
+        f"<tr{' class=strong' if row['name'] == 'all' else ''}><td>{_e(row['name'])}</td>"
         + "".join(f"<td>{_e(cell)}</td>" for cell in row["cells"])
         + "</tr>"
         for row in comparison["rows"]
     )
     return (
-        f'<h2>AUC (accuracy) on held-out patients</h2><div class="panel"><table><tr>{head}</tr>'
+        f'<h2>AUC and accuracy on held-out patients</h2><div class="panel"><table><tr>{head}</tr>'
         f'{rows}</table></div><p class="small">{_e(comparison["caption"])}</p>'
     )
 
@@ -212,7 +212,7 @@ def _statement(privacy: Mapping[str, Any]) -> str:
         f"<th>sample rate</th><th>steps</th></tr>{rows}</table></div>"
         f'<p class="small">delta {privacy["delta"]:g}, per {_e(privacy["unit"])}, '
         f"{_e(privacy['neighboring_relation'])}, clip norm {privacy['clip_norm']:g}. Both figures "
-        "are upper bounds; the smaller is claimed. Holds against "
+        "are upper bounds; the one by PLD is claimed. Holds against "
         f"{_e(privacy['adversary'])}. Held-out patients are covered at the same epsilon by "
         "noise on the metrics that the hospitals report.</p>"
     )

@@ -111,13 +111,11 @@ def _with_exact_metrics(run: RunDirectory, study: Study, sites: Provisioned) -> 
         site = LocalSite(file)
         _, held_out = site.examples(task, study)
         sums[site.site.name] = evaluate_model(task, model, held_out)
-    run.write_json(
-        "evaluation.json",
-        {
-            site: {name: np.asarray(a).tolist() for name, a in part.items()}
-            for site, part in sums.items()
-        },
-    )
+    coarse = {
+        site: {name: np.asarray(a).tolist() for name, a in task.private_metrics(part).items()}
+        for site, part in sums.items()
+    }
+    run.write_json("evaluation.json", coarse)
     result["reported"] = result["metrics"]
     result["metrics"] = summarise_sites(task, sums)
     run.write_json("metrics.json", result)
