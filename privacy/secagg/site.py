@@ -38,13 +38,13 @@ class _Agreement:
 
 
 @dataclass(frozen=True, slots=True)
-class _Round:
+class Standing:
     """Where this site stands in the newest round; rounds before it are closed for good."""
 
     number: int
     participants: frozenset[int]
-    first: int
-    count: int
+    first: int = 0
+    count: int = 0
     masked: bool = False
     confirmed: frozenset[int] | None = None
     unmasked: bool = False
@@ -100,7 +100,7 @@ class SiteSession:
         self._private = secrets.token_bytes(keys.SIZE)
         self._root = secrets.token_bytes(keys.SIZE)
         self._agreement: _Agreement | None = None
-        self._round: _Round | None = None
+        self._round: Standing | None = None
 
     def __repr__(self) -> str:
         """Never a secret."""
@@ -110,6 +110,11 @@ class SiteSession:
     def round_number(self) -> int:
         """The newest round that was begun, 0 before the first."""
         return self._round.number if self._round else 0
+
+    @property
+    def standing(self) -> Standing | None:
+        """Where this site stands in the newest round."""
+        return self._round
 
     def key(self) -> bytes:
         """This site's public key for the run, signed: the answer to the terms."""
@@ -166,7 +171,7 @@ class SiteSession:
         self._check_members(asked.participants, within=frozenset(agreement.holders))
         if self._index not in asked.participants:
             raise self._reject("opens a round without this site")
-        self._round = _Round(asked.round_number, asked.participants, asked.first, asked.count)
+        self._round = Standing(asked.round_number, asked.participants, asked.first, asked.count)
         return asked.round_number
 
     def mask(self, vector: NDArray[np.uint32]) -> bytearray:
@@ -328,7 +333,7 @@ class SiteSession:
     def _open(self, piece: bytes, dealer: int, number: int) -> bytes | None:
         return keys.unseal(self._piece_key(dealer, self._index, number), piece)
 
-    def _statement(self, current: _Round, survivors: frozenset[int]) -> bytes:
+    def _statement(self, current: Standing, survivors: frozenset[int]) -> bytes:
         return messages.confirmation(
             self._agreed().context,
             current.number,
@@ -345,7 +350,7 @@ class SiteSession:
                 f"a sum of {len(members)} sites; at least {self._terms.fewest} are required"
             )
 
-    def _check_survivors(self, current: _Round, number: int, survivors: frozenset[int]) -> None:
+    def _check_survivors(self, current: Standing, number: int, survivors: frozenset[int]) -> None:
         if number != current.number:
             raise self._reject(f"is for round {number} and not for round {current.number}")
         if current.unmasked:
@@ -361,7 +366,7 @@ class SiteSession:
         if len(survivors.intersection(holders)) < self._terms.threshold:
             raise self._reject("fewer of this site's neighbours survive than the threshold")
 
-    def _check_signatures(self, current: _Round, asked: messages.UnmaskRequest) -> None:
+    def _check_signatures(self, current: Standing, asked: messages.UnmaskRequest) -> None:
         statement = self._statement(current, asked.survivors)
         if not asked.signatures.keys() <= asked.survivors:
             raise self._reject("carries a signature of a site that does not survive")
@@ -384,7 +389,7 @@ class SiteSession:
             raise self._reject("comes before the list of keys")
         return self._agreement
 
-    def _current(self) -> _Round:
+    def _current(self) -> Standing:
         if self._round is None:
             raise self._reject("comes before the first round")
         return self._round
