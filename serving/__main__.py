@@ -43,6 +43,7 @@ def _serve(words: list[str]) -> None:
     parser.add_argument("--tls-key", type=Path, help="PEM private key")
     parser.add_argument("--look-every", type=float, default=0.25, help="seconds between looks")
     parser.add_argument("--rate", type=float, default=5000.0, help="requests a second by caller")
+    parser.add_argument("--grpc-port", type=int, help="answers gRPC there, too; 0: a free one")
     chosen = parser.parse_args(words)
     options = Options(
         ready_file=chosen.ready_file,
@@ -50,6 +51,7 @@ def _serve(words: list[str]) -> None:
         tls_key=chosen.tls_key,
         look_every=chosen.look_every,
         rate=chosen.rate,
+        grpc_port=chosen.grpc_port,
     )
     serve(Store(chosen.store), chosen.host, chosen.port, options=options)
 

@@ -8,6 +8,7 @@ import socket
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 
@@ -22,6 +23,7 @@ from fedward.serving.store import Store
 from fedward.serving.watcher import Watcher
 
 _BACKLOG = 2048
+_GRACE = 5  # seconds that requests under way have when the adapter stops
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +38,7 @@ class Options:
             the adapter may ask, which only loopback allows.
         look_every: Seconds between two looks at the store.
         rate: Requests a second that one caller may make over time.
+        grpc_port: Where gRPC is answered, too; 0 takes a free one, None does without.
     """
 
     ready_file: Path | None = None
@@ -44,41 +47,57 @@ class Options:
     keys: Path | None = None
     look_every: float = 0.25
     rate: float = 5000.0
+    grpc_port: int | None = None
 
 
 class _Server(uvicorn.Server):
     """Uvicorn that says when it answers and where, and looks after the store meanwhile."""
 
     def __init__(
-        self, config: uvicorn.Config, *, url: str, ready: Path | None, work: "_Work"
+        self,
+        config: uvicorn.Config,
+        *,
+        url: str,
+        how: Options,
+        service: Service,
+        watcher: Watcher,
     ) -> None:
         super().__init__(config)
-        self._url, self._ready, self._work = url, ready, work
+        self._url, self._how, self._service, self._watcher = url, how, service, watcher
         self._tasks: list[asyncio.Task[None]] = []
+        self._rpc: Any = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets=sockets)
         if self.should_exit:
             return
-        self._tasks = [asyncio.create_task(self._work.watcher.run(every=self._work.every))]
-        print(f"ready at {self._url}", file=sys.stderr, flush=True)
-        if self._ready is not None:
-            host, _, port = self._url.partition("://")[2].rpartition(":")
-            address = {"host": host, "port": int(port), "url": self._url}
-            write_atomic(self._ready, json.dumps(address) + "\n")
+        how = self._how
+        self._tasks = [asyncio.create_task(self._watcher.run(every=how.look_every))]
+        host, _, port = self._url.partition("://")[2].rpartition(":")
+        address: dict[str, str | int] = {"host": host, "port": int(port), "url": self._url}
+        also = ""
+        if how.grpc_port is not None:
+            from fedward.serving.rpc import start_rpc
+
+            self._rpc, address["grpc_port"] = await start_rpc(
+                self._service,
+                f"{host}:{how.grpc_port}",
+                certificate=how.tls_certificate,
+                key=how.tls_key,
+            )
+            also = f", gRPC at {host}:{address['grpc_port']}"
+        print(f"ready at {self._url}{also}", file=sys.stderr, flush=True)
+        if how.ready_file is not None:
+            write_atomic(how.ready_file, json.dumps(address) + "\n")
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         for task in self._tasks:
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await task
+        if self._rpc is not None:
+            await self._rpc.stop(_GRACE)
         await super().shutdown(sockets=sockets)
-
-
-@dataclass(frozen=True, slots=True)
-class _Work:
-    watcher: Watcher
-    every: float
 
 
 def serve(
@@ -142,13 +161,13 @@ def _run(service: Service, watcher: Watcher, address: tuple[str, int], how: Opti
             log_level="warning",
             server_header=False,
             date_header=False,
-            timeout_graceful_shutdown=5,
+            timeout_graceful_shutdown=_GRACE,
             ssl_certfile=how.tls_certificate,
             ssl_keyfile=how.tls_key,
         )
         url = f"{scheme}://{host}:{listener.getsockname()[1]}"
-        work = _Work(watcher, how.look_every)
-        _Server(config, url=url, ready=how.ready_file, work=work).run(sockets=[listener])
+        server = _Server(config, url=url, how=how, service=service, watcher=watcher)
+        server.run(sockets=[listener])
 
 
 def _is_loopback(host: str) -> bool:

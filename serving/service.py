@@ -1,7 +1,7 @@
 """What the adapter does, whatever protocol asks: admit, guard, predict, explain, count, record."""
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,18 @@ class Service:
     def admit(self, headers: Headers, roles: Sequence[Role]) -> Caller:
         """Who asks, if one of `roles` may. Raises `Problem` 401, 403 or 429."""
         return self.gate.admit(headers, roles)
+
+    def admit_rpc(
+        self, metadata: Iterable[tuple[str, str | bytes]], roles: Sequence[Role] | None
+    ) -> Caller:
+        """As `admit`, of gRPC's metadata; with `roles` None, anybody."""
+        if roles is None:
+            return ANYONE
+        pairs = (
+            (name.encode(), value if isinstance(value, bytes) else value.encode())
+            for name, value in metadata
+        )
+        return self.admit(pairs, roles)
 
     async def predict(
         self, live: Live, inputs: NDArray[np.float32], *, caller: Caller, action: str
