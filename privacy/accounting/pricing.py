@@ -159,7 +159,7 @@ def _composed(counted: Leaves) -> Any:
             return _cache[key]
         pld, rest = _nearest(counted)
         for leaf, count in sorted(_merged(rest).items()):
-            pld = pld.compose(_pld_of(leaf, count))
+            pld = pld.compose(pld_of(leaf, count))
         _cache[key] = pld
         if len(_cache) > _REMEMBERED:
             _cache.popitem(last=False)
@@ -170,7 +170,7 @@ def clear_cache() -> None:
     """Forget every composition; prices do not change by it."""
     with _lock:
         _cache.clear()
-        _pld_of.cache_clear()
+        pld_of.cache_clear()
 
 
 def _nearest(counted: Leaves) -> tuple[Any, Leaves]:
@@ -209,21 +209,21 @@ def _merged(rest: Leaves) -> Leaves:
 
 
 @functools.lru_cache(maxsize=64)
-def _pld_of(leaf: Leaf, count: int) -> Any:
+def pld_of(leaf: Leaf, count: int) -> Any:
     """The loss distribution of `count` runs of one mechanism."""
     from dp_accounting.pld import privacy_loss_distribution
 
     if count > 1:
-        return _pld_of(leaf, 1).self_compose(count)
+        return pld_of(leaf, 1).self_compose(count)
     if leaf.kind == "zcdp":
-        return _pld_of_zcdp(leaf.parameters[0])
+        return pld_of_zcdp(leaf.parameters[0], grid=GRID)
     rate = leaf.parameters[0] if leaf.kind == "poisson-gaussian" else 1.0
     return privacy_loss_distribution.from_gaussian_mechanism(
         leaf.parameters[-1], value_discretization_interval=GRID, sampling_prob=rate
     )
 
 
-def _pld_of_zcdp(rho: float) -> Any:
+def pld_of_zcdp(rho: float, *, grid: float) -> Any:
     """A loss distribution that dominates every rho-zCDP mechanism.
 
     rho-zCDP gives delta(epsilon) <= min over alpha of
@@ -235,9 +235,9 @@ def _pld_of_zcdp(rho: float) -> Any:
     """
     from dp_accounting.pld import pld_pmf, privacy_loss_distribution
 
-    top = rho + 2 * math.sqrt(rho * 45.0) + GRID  # delta there is below exp(-45)
-    steps = math.ceil(top / GRID)
-    epsilons = np.arange(steps + 1) * GRID
+    top = rho + 2 * math.sqrt(rho * 45.0) + grid  # delta there is below exp(-45)
+    steps = math.ceil(top / grid)
+    epsilons = np.arange(steps + 1) * grid
     orders = 1 + np.geomspace(1e-3, 1e4, 2000)
     logs = np.full(epsilons.size, 0.0)
     for alpha in orders:
@@ -245,7 +245,7 @@ def _pld_of_zcdp(rho: float) -> Any:
         np.minimum(logs, (alpha - 1) * (alpha * rho - epsilons) + constant, out=logs)
     curve = _convex_minorant(np.exp(epsilons), np.exp(logs))
     pmf = pld_pmf.create_pmf_pessimistic_connect_dots(
-        discretization=GRID,
+        discretization=grid,
         rounded_epsilons=np.arange(steps + 1),
         deltas=np.minimum.accumulate(np.clip(curve, 0.0, 1.0)),
     )

@@ -1,0 +1,248 @@
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from scipy import special, stats
+
+from fedward.privacy.mechanisms import NoiseSource, add_noise, secure_source, simulated_source
+from fedward.privacy.mechanisms.noise import grid_step
+from fedward.privacy.mechanisms.sources import SecureSource, SimulatedSource
+
+FALSE_ALARM = 1e-9
+DRAWS = 1_000_000
+
+SOURCES = [secure_source(), simulated_source(7, "noise")]
+NAMES = ["secure", "simulated"]
+every_source = pytest.mark.parametrize("source", SOURCES, ids=NAMES)
+
+
+@pytest.fixture(scope="module", params=SOURCES, ids=NAMES)
+def draws(request: pytest.FixtureRequest) -> NDArray[np.float64]:
+    source: NoiseSource = request.param
+    return np.asarray(source.gaussian(DRAWS, std=1.0), dtype=np.float64)
+
+
+def test_draws_are_normal_by_kolmogorov_and_smirnov(draws: NDArray[np.float64]) -> None:
+    assert stats.kstest(draws, special.ndtr).pvalue > FALSE_ALARM
+
+
+def test_draws_are_normal_by_chi_square_over_equally_likely_bins(
+    draws: NDArray[np.float64],
+) -> None:
+    bins = 1000
+
+    counts = np.bincount((special.ndtr(draws) * bins).astype(int), minlength=bins)
+
+    assert stats.chisquare(counts).pvalue > FALSE_ALARM
+
+
+def test_tails_are_as_heavy_as_they_should_be(draws: NDArray[np.float64]) -> None:
+    for bound in (2.0, 3.0, 4.0, 4.5):
+        for beyond in (np.sum(draws > bound), np.sum(draws < -bound)):
+            expected = stats.norm.sf(bound)
+            assert stats.binomtest(int(beyond), DRAWS, expected).pvalue > FALSE_ALARM
+
+
+def test_moments_are_those_of_the_normal(draws: NDArray[np.float64]) -> None:
+    z = stats.norm.isf(FALSE_ALARM / 2)
+
+    # Standard errors of the first four moments of n normal draws.
+    for power, mean, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)):
+        deviation = float(np.mean(draws**power)) - mean
+        assert abs(deviation) < z * math.sqrt(variance / DRAWS)
+
+
+def test_draws_of_one_call_do_not_depend_on_each_other(draws: NDArray[np.float64]) -> None:
+    z = stats.norm.isf(FALSE_ALARM / 2)
+
+    # Lag 1 and 2, and half a block of 32,768, the distance between the two draws of a pair;
+    # squares too, for the two share a radius.
+    for lag in (1, 2, 1 << 14):
+        for a, b in ((draws[:-lag], draws[lag:]), (draws[:-lag] ** 2 - 1, draws[lag:] ** 2 - 1)):
+            correlation = float(np.mean(a * b)) / math.sqrt(float(np.mean(a**2) * np.mean(b**2)))
+            assert abs(correlation) < z / math.sqrt(len(a))
+
+
+@every_source
+def test_uniform_draws_are_uniform_and_below_one(source: NoiseSource) -> None:
+    drawn = source.uniform(DRAWS)
+
+    counts = np.bincount((drawn * 1000).astype(int), minlength=1000)
+    assert 0 <= drawn.min() <= drawn.max() < 1
+    assert stats.chisquare(counts).pvalue > FALSE_ALARM
+
+
+def test_two_secure_sources_are_independent() -> None:
+    one, two = (secure_source().gaussian(DRAWS, std=1.0) for _ in range(2))
+
+    correlation = float(np.mean(one * two))
+
+    assert abs(correlation) < stats.norm.isf(FALSE_ALARM / 2) / math.sqrt(DRAWS)
+    assert not np.intersect1d(one, two).size
+
+
+@every_source
+@pytest.mark.parametrize("std", [1e-6, 0.37, 1.0, 12.5])
+def test_noise_has_the_standard_deviation_that_was_asked_for(
+    source: NoiseSource, std: float
+) -> None:
+    noise = add_noise(np.zeros(200_000, dtype=np.float32), std=std, source=source)
+
+    # n s^2 / std^2 has a chi-square distribution; a deficit of 2% would have p < 1e-30.
+    ratio = float(np.sum(np.square(noise.astype(np.float64)))) / std**2
+    assert stats.chi2.sf(ratio, noise.size) > FALSE_ALARM
+    assert stats.chi2.cdf(ratio, noise.size) > FALSE_ALARM
+
+
+@settings(max_examples=50)
+@given(
+    std=st.floats(1e-8, 1e8),
+    secret=st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=30),
+)
+def test_released_values_lie_on_a_grid_that_the_secret_does_not_move(
+    std: float, secret: list[float]
+) -> None:
+    vector = np.array(secret, dtype=np.float64) * std
+
+    released = add_noise(vector, std=std, source=SOURCES[0]).astype(np.float64)
+
+    step = grid_step(std)
+    assert math.frexp(step)[0] == 0.5
+    assert std / 2**17 < step <= std / 2**16
+    # Where float32 is coarser than the grid, it is a grid of its own that contains no finer one.
+    assert np.array_equal(released, (np.rint(released / step) * step).astype(np.float32))
+
+
+def test_low_bits_say_nothing_of_the_secret() -> None:
+    # Mironov's attack: which of two secrets can give the value that was released? Rounded to a
+    # grid both give the same values; so the offset of the cell is equally likely for both.
+    offsets = []
+    for secret in (0.0, 1 / 3):
+        released = add_noise(np.full(DRAWS, secret), std=1.0, source=SOURCES[0])
+        offsets.append(np.rint(released.astype(np.float64) / grid_step(1.0)).astype(int) % 64)
+
+    table = np.array([np.bincount(offset, minlength=64) for offset in offsets])
+
+    assert stats.chi2_contingency(table).pvalue > FALSE_ALARM
+
+
+def test_a_pair_does_not_betray_the_secret() -> None:
+    # Holohan and Braghin 2021: for the right secret x^2 + y^2 of a pair of Box-Muller draws gives
+    # a uniform -log u that is a multiple of 2^-63 or so. Rounded to 2^-16 both guesses look alike.
+    half = 1 << 14
+    released = add_noise(np.full(2 * half, 0.25), std=1.0, source=SOURCES[0]).astype(np.float64)
+
+    residues = []
+    for guess in (0.25, 0.25 + 2.0**-20):
+        noise = released - guess
+        radius = np.exp(-0.5 * (noise[:half] ** 2 + noise[half:] ** 2)) * 2.0**32
+        residues.append(radius % 1.0)
+
+    assert stats.ks_2samp(*residues).pvalue > FALSE_ALARM
+
+
+def test_add_noise_refuses_what_noise_cannot_hide() -> None:
+    source = SOURCES[0]
+    for bad in (math.nan, math.inf, -math.inf):
+        with pytest.raises(ValueError, match="not finite"):
+            add_noise(np.array([0.0, bad]), std=1.0, source=source)
+    for std in (0.0, -1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match="std must be positive"):
+            add_noise(np.zeros(3), std=std, source=source)
+        with pytest.raises(ValueError, match="std must be positive"):
+            source.gaussian(3, std=std)
+
+
+@every_source
+@pytest.mark.parametrize("size", [0, 1, 2, 3, 32_767, 32_768, 32_769, 100_001])
+def test_every_size_is_filled(source: NoiseSource, size: int) -> None:
+    drawn = source.gaussian(size, std=1.0)
+
+    assert drawn.shape == source.uniform(size).shape == (size,)
+    assert len(np.unique(drawn)) == size
+    assert add_noise(np.zeros((size, 2)), std=1.0, source=source).shape == (size, 2)
+
+
+def test_a_simulated_source_repeats_in_every_process() -> None:
+    program = (
+        "import json; from fedward.privacy.mechanisms import simulated_source as s;"
+        "d = s(7, 'cleveland', 3); print(json.dumps([*d.gaussian(5, std=2.0), *d.uniform(2)]))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONHASHSEED": "123"},
+    )
+    source = simulated_source(7, "cleveland", 3)
+
+    expected = [*source.gaussian(5, std=2.0), *source.uniform(2)]
+
+    assert json.loads(run.stdout) == expected
+
+
+def test_every_part_of_a_seed_counts() -> None:
+    seeds: list[tuple[int | str, ...]] = [(7,), ("7",), (7, "a"), (7, "b"), ("7a",), (7, "a", 1)]
+
+    first = {float(simulated_source(*seed).gaussian(1, std=1.0)[0]) for seed in seeds}
+
+    assert len(first) == len(seeds)
+    with pytest.raises(ValueError, match="needs a seed"):
+        simulated_source()
+
+
+def test_only_the_cryptographic_source_is_private() -> None:
+    assert secure_source().private is True
+    assert simulated_source(1).private is False
+    assert isinstance(secure_source(), SecureSource)
+    assert isinstance(simulated_source(1), SimulatedSource)
+
+
+def test_a_forked_child_does_not_repeat_its_parent() -> None:
+    source = secure_source()
+    source.gaussian(10, std=1.0)
+    receive, send = os.pipe()
+
+    child = os.fork()
+    if child == 0:
+        os.write(send, source.uniform(8).tobytes())
+        os._exit(0)
+    os.close(send)
+    drawn_by_child = np.frombuffer(os.read(receive, 64))
+    os.waitpid(child, 0)
+    os.close(receive)
+
+    drawn_by_parent = source.uniform(8)
+    assert not set(drawn_by_child) & set(drawn_by_parent)
+    assert len(drawn_by_child) == 8
+
+
+def test_threads_share_a_source_without_sharing_a_draw() -> None:
+    source = secure_source()
+    drawn: list[NDArray[np.float64]] = []
+
+    def draw() -> None:
+        drawn.extend(source.uniform(50) for _ in range(200))
+
+    threads = [threading.Thread(target=draw) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert len(np.unique(np.concatenate(drawn))) == 4 * 200 * 50
+
+
+def test_a_source_shows_no_key() -> None:
+    assert repr(secure_source()) == "SecureSource()"
