@@ -7,8 +7,8 @@ patient, priced by privacy loss distributions. Hospitals train with the project'
 step a round, and the model is the mean of the second half of the iterates.
 
 Settings were chosen by three-fold cross-validation within training rows (`--tune`), on divisions
-of other seeds; no held-out row of its own division was scored. The reference is scikit-learn's logistic regression
-on the pooled training rows, without privacy.
+of other seeds; no held-out row of its own division was scored. The reference is scikit-learn's
+logistic regression on the pooled training rows, without privacy.
 
     python benchmarks/heart_utility.py [--quick] [--json] [--tune logistic|mlp]
 """
