@@ -41,3 +41,9 @@ def check_policy(site: Site, study: Study) -> None:
             f"delta = {policy.delta:g}",
             f"the study's delta is {study.privacy.delta:g}; lower it to the policy's",
         )
+    if study.aggregation.secure and policy.roster is None:
+        raise refuse(
+            "roster is not set",
+            "the study has [aggregation] secure = true, which needs the consortium's roster; "
+            'add roster = "roster.toml"',
+        )

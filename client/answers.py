@@ -11,6 +11,7 @@ from fedward.client.admission import check_policy
 from fedward.client.local_site import Admitted, LocalSite
 from fedward.client.outbox import Kept
 from fedward.client.plan import plan_site, training_plan
+from fedward.client.secure import MaskedRound
 from fedward.client.training import train
 from fedward.core.canonical import canonical_json, digest
 from fedward.core.errors import AdmissionRefused, BudgetExceeded, ConfigError, UpdateRejected
@@ -50,7 +51,8 @@ def admit_study(site: LocalSite, request: Payload) -> Payload:
         "site": site.name,
         "key": site.identity.public.pem().decode(),
         "hash": study.hash,
-        "weight": admitted.plan.weight,
+        # Under secure aggregation the weight travels inside the masked sum.
+        "weight": None if study.aggregation.secure else admitted.plan.weight,
         "simulated": site.simulated,
         "ledger_head": head,
     }
@@ -69,6 +71,7 @@ def train_round(site: LocalSite, request: Payload) -> Payload:
     if not isinstance(round_number, int) or not 1 <= round_number <= admitted.plan.rounds:
         raise UpdateRejected(site="coordinator", reason=f"there is no round {round_number}")
     task, model = site.model(admitted.study, request.arrays.get("parameters"))
+    masked = MaskedRound(site, request) if admitted.study.aggregation.secure else None
     asked = digest(request.arrays["parameters"].tobytes())
     if admitted.study.privacy.mode == "none":
         update = _train(site, task, model, admitted, round_number)
@@ -76,6 +79,8 @@ def train_round(site: LocalSite, request: Payload) -> Payload:
         update = _train_privately(
             site, task, model, admitted, round_number=round_number, asked=asked
         )
+    if masked is not None:
+        return masked.mask(update, weight=admitted.plan.weight)
     return Payload({"site": site.name, "round": round_number}, {"update": update})
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
+from fedward.client import secure
 from fedward.client.answers import admit_study, evaluate_release, take_release, train_round
 from fedward.client.local_site import LocalSite
 from fedward.core.errors import ConfigError, FedwardError
@@ -31,6 +32,36 @@ def admit(message: Message, context: Context) -> Message:
 def train(message: Message, context: Context) -> Message:
     """Train one round."""
     return _answer(message, context, train_round)
+
+
+@app.train("key")
+def send_key(message: Message, context: Context) -> Message:
+    """Secure aggregation: this site's signed key."""
+    return _answer(message, context, secure.send_key)
+
+
+@app.train("share")
+def send_shares(message: Message, context: Context) -> Message:
+    """Secure aggregation: shares for the other sites."""
+    return _answer(message, context, secure.send_shares)
+
+
+@app.train("shares")
+def send_later_shares(message: Message, context: Context) -> Message:
+    """Secure aggregation: shares of later rounds."""
+    return _answer(message, context, secure.send_later_shares)
+
+
+@app.train("confirm")
+def confirm(message: Message, context: Context) -> Message:
+    """Secure aggregation: sign who survives."""
+    return _answer(message, context, secure.confirm)
+
+
+@app.train("unmask")
+def unmask(message: Message, context: Context) -> Message:
+    """Secure aggregation: shares that unmask the sum."""
+    return _answer(message, context, secure.unmask)
 
 
 @app.evaluate("metrics")

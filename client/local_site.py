@@ -12,7 +12,6 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from fedward.privacy.ledger import Ledger
 from torch import nn
 
 from fedward.client.budget import Budget
@@ -21,11 +20,14 @@ from fedward.client.plan import SitePlan
 from fedward.client.sources import read_source, split
 from fedward.core.errors import AdmissionRefused, UpdateRejected
 from fedward.core.files import write_atomic
-from fedward.core.identity import Identity
+from fedward.core.identity import Identity, PublicIdentity
+from fedward.core.roster import load_roster
 from fedward.core.site import Site, load_site
 from fedward.core.study import Study
 from fedward.core.toml import build
+from fedward.privacy.ledger import Ledger
 from fedward.privacy.mechanisms import NoiseSource, secure_source, simulated_source
+from fedward.privacy.secagg import SiteSession
 from fedward.strategies.strategy import Vector
 from fedward.tasks.parameters import from_vector, to_vector
 from fedward.tasks.registry import get_task
@@ -57,6 +59,7 @@ class LocalSite:
         self.state.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._admitted: dict[str, Admitted] = {}
         self._examples: dict[str, tuple[Examples, Examples]] = {}
+        self.sessions: dict[str, SiteSession] = {}
 
     @property
     def name(self) -> str:
@@ -110,6 +113,15 @@ class LocalSite:
             study = build(record["study"], Study, file=str(path))
             self._admitted[study_hash] = Admitted(study, SitePlan(**record["plan"]))
         return self._admitted[study_hash]
+
+    def roster(self) -> dict[str, PublicIdentity] | None:
+        """The consortium's roster as this site pins it; None if its policy names none."""
+        path = self.site.policy.roster
+        return None if path is None else load_roster(self.file.parent / path)
+
+    def session_file(self, study: Study) -> Path:
+        """Where the keys of the study's secure aggregation lie, for this site's eyes only."""
+        return self.state / "secagg" / f"{study.hash}.json"
 
     def budget(self, admitted: Admitted) -> Budget:
         """The private study's account in the ledger."""

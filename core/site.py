@@ -64,7 +64,10 @@ class DataSection(Section):
 
 
 class PolicySection(Section):
-    """`[policy]`: what this hospital permits, whatever a coordinator asks."""
+    """`[policy]`: what this hospital permits, whatever a coordinator asks.
+
+    `roster` is the consortium's file of sites and public identities; secure aggregation needs it.
+    """
 
     tasks: tuple[str, ...] = Field(strict=False)
     max_epsilon: float = Field(gt=0)
@@ -72,6 +75,7 @@ class PolicySection(Section):
     min_sites: int = Field(default=3, ge=1)
     require_secure_aggregation: bool = True
     allow_no_privacy: bool = False
+    roster: str | None = None
 
 
 class ServingSection(Section):

@@ -102,10 +102,18 @@ class PrivacySection(Section):
 
 
 class AggregationSection(Section):
-    """`[aggregation]`: who sees what of a round."""
+    """`[aggregation]`: who sees what of a round.
+
+    With `secure` the coordinator sees only sums. Before a site's update goes into the sum, each
+    of its coordinates is cut to `max_update`, and a weight to `max_weight` patients: that fixes
+    the scale of the integers that are summed. `adversary` is whom the protocol withstands.
+    """
 
     secure: bool = True
-    min_sites: int = Field(default=2, ge=1)
+    min_sites: int = Field(default=3, ge=1)
+    adversary: Literal["malicious", "honest-but-curious"] = "malicious"
+    max_update: float = Field(default=8.0, gt=0)
+    max_weight: int = Field(default=10_000, ge=1)
 
 
 class PublishSection(Section):

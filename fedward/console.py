@@ -103,6 +103,13 @@ def print_result(result: Mapping[str, Any]) -> None:
     )
     _OUT.print(table)
     _OUT.print(privacy_line(privacy))
+    secure = result.get("secure_aggregation")
+    if secure is not None:
+        _OUT.print(
+            f"secure aggregation: {secure['seconds']:.2f} s, {secure['share_of_rounds']:.0%} of "
+            f"the rounds; a site sent {secure['bytes_per_site']:,} bytes "
+            f"(plain updates: {secure['bytes_per_site_plain']:,})"
+        )
     _OUT.print(f"{result['rounds']} rounds in {result['seconds']:.1f} s   run: {result['run']}")
     _OUT.print(f"release: {result['release']}")
 

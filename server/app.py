@@ -7,6 +7,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedward.core.errors import ConfigError, FedwardError
 from fedward.core.identity import Identity
+from fedward.core.roster import load_roster
 from fedward.core.run import RunDirectory
 from fedward.core.study import load_study
 from fedward.server.channel import FlowerChannel
@@ -20,7 +21,8 @@ def main(grid: Grid, context: Context) -> None:
     """Run the study that the run configuration names.
 
     Run configuration: `run` (the run directory, prepared), `registry` and `publisher` (paths at
-    the coordinator), `sites` (how many to wait for), `deadline` (seconds for an answer).
+    the coordinator), `roster` (likewise, for secure aggregation), `sites` (how many to wait for),
+    `deadline` (seconds for an answer).
     """
     config = context.run_config
     run = RunDirectory.open(Path(_text(config, "run")))
@@ -29,6 +31,7 @@ def main(grid: Grid, context: Context) -> None:
         sites=int(config.get("sites", 1)),
         patience=float(config.get("patience", 120.0)),
         deadline=float(config.get("deadline", 600.0)),
+        roster=load_roster(Path(str(config["roster"]))) if config.get("roster") else None,
     )
     try:
         coordinate(

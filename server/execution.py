@@ -1,6 +1,6 @@
 """One execution of a study: what the round loop and its end share."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from fedward.core.run import RunDirectory
@@ -30,10 +30,18 @@ class Execution:
         self, kind: str, payload: Payload, *, round_number: int
     ) -> Iterator[tuple[Member, Reply]]:
         """Send every member the same payload; yield member and reply, sorted by site."""
+        payloads = {member.site: payload for member in self.members}
+        return self.ask_each(kind, payloads, round_number=round_number)
+
+    def ask_each(
+        self, kind: str, payloads: Mapping[str, Payload], *, round_number: int
+    ) -> Iterator[tuple[Member, Reply]]:
+        """Send the named sites a payload each; yield member and reply, sorted by site."""
+        asked = [member for member in self.members if member.site in payloads]
         replies = self.channel.ask(
             kind,
-            {member.node_id: payload for member in self.members},
+            {member.node_id: payloads[member.site] for member in asked},
             round_number=round_number,
             deadline=self.deadline,
         )
-        return zip(self.members, replies, strict=True)
+        return zip(asked, replies, strict=True)

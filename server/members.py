@@ -23,7 +23,8 @@ class Member:
     Attributes:
         node_id: Flower's number for the site's process.
         site: The site's name.
-        weight: Aggregation weight: the site's public number of training patients.
+        weight: Aggregation weight: the site's public number of training patients; None under
+            secure aggregation, where it travels inside the masked sum.
         key: The site's public identity.
         simulated: Whether the site draws from a seed, so that nothing of it is private.
         terms: What the site signed, as JSON.
@@ -31,7 +32,7 @@ class Member:
 
     node_id: int
     site: str
-    weight: float
+    weight: float | None
     key: PublicIdentity
     simulated: bool
     terms: Mapping[str, Any]
@@ -83,12 +84,12 @@ def _read_admission(node_id: int, payload: Payload, study: Study) -> Member:
         site = str(terms["site"])
         key = PublicIdentity.from_pem(str(terms["key"]).encode())
         key.verify(bytes.fromhex(record["signature"]), canonical_json(terms))
-        weight = float(terms["weight"])
+        weight = None if study.aggregation.secure else float(terms["weight"])
     except (KeyError, ValueError, TypeError) as error:
         raise UpdateRejected(
             site=f"node {node_id}", reason=f"its admission is malformed: {error!r}"
         ) from error
-    if not _NAME.fullmatch(site) or not 0 < weight < float("inf"):
+    if not _NAME.fullmatch(site) or not (weight is None or 0 < weight < float("inf")):
         raise UpdateRejected(site=f"node {node_id}", reason="its name or weight is not allowed")
     if terms.get("hash") != study.hash:
         raise UpdateRejected(site=site, reason="it admitted another study")

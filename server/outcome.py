@@ -89,8 +89,12 @@ def publish_outcome(
     registry: Path,
     publisher: Identity,
     seconds: float,
+    secure: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    """Publish the release, hand it to every site, and close the run directory."""
+    """Publish the release, hand it to every site, and close the run directory.
+
+    `secure` is what secure aggregation cost, where there was any.
+    """
     study, run = execution.study, execution.run
     training = {
         "run": run.path.name,
@@ -122,6 +126,8 @@ def publish_outcome(
         "privacy": outcome.privacy,
         "release": str(copy),
     }
+    if secure is not None:
+        result["secure_aggregation"] = dict(secure)
     run.write_json("metrics.json", result)
     run.event("finished", seconds=seconds)
     return result

@@ -1,7 +1,9 @@
 """The round loop: admit, train round by round, evaluate, publish."""
 
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import numpy as np
 
 from fedward.core.canonical import digest
 from fedward.core.errors import AggregationAborted, ConfigError, UpdateRejected
-from fedward.core.identity import Identity
+from fedward.core.identity import Identity, PublicIdentity
 from fedward.core.run import RunDirectory
 from fedward.core.study import Study
 from fedward.server.channel import Channel, Reply
@@ -17,6 +19,7 @@ from fedward.server.checkpoint import Checkpoint, load_checkpoint, save_checkpoi
 from fedward.server.execution import Execution
 from fedward.server.members import Member, admit
 from fedward.server.outcome import collect_outcome, publish_outcome
+from fedward.server.secure import Cost, SecureRounds
 from fedward.strategies.averaging import IterateAverage
 from fedward.strategies.registry import make_strategy
 from fedward.strategies.strategy import State, Strategy, Vector
@@ -25,6 +28,9 @@ from fedward.tasks.registry import get_task
 from fedward.transport.payload import Payload
 
 _POLL_NODES = 0.2
+
+Roster = Mapping[str, PublicIdentity]
+OneRound = Callable[[Strategy, State, int], tuple[State, list[str]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +42,14 @@ class Settings:
         sites: How many sites to wait for before the study is sent.
         patience: Seconds to wait for them.
         deadline: Seconds that a site has for one answer.
+        roster: Every site's public identity; secure aggregation needs it.
     """
 
     registry: Path
     sites: int
     patience: float = 120.0
     deadline: float = 600.0
+    roster: Roster | None = None
 
 
 def coordinate(
@@ -57,7 +65,7 @@ def coordinate(
         AggregationAborted: A round is void.
     """
     started = time.monotonic()
-    refuse_impossible(study)
+    refuse_impossible(study, settings.roster)
     task = get_task(study.study.task)
     strategy = make_strategy(study.strategy.name, study.strategy.args)
     model = task.model(study.model.name, **study.model.args)
@@ -71,7 +79,7 @@ def coordinate(
     _wait_for_sites(channel, settings)
     members = admit(channel, study, run, deadline=settings.deadline)
     execution = Execution(channel, study, run, task, members, settings.deadline)
-    checkpoint = _train(execution, strategy, checkpoint)
+    checkpoint, cost = _train(execution, strategy, checkpoint, settings.roster)
     parameters = checkpoint.average.released(checkpoint.state.parameters)
     outcome = collect_outcome(execution, parameters)
     return publish_outcome(
@@ -81,10 +89,11 @@ def coordinate(
         registry=settings.registry,
         publisher=publisher,
         seconds=round(time.monotonic() - started, 3),
+        secure=None if cost is None else cost.to_json(),
     )
 
 
-def refuse_impossible(study: Study) -> None:
+def refuse_impossible(study: Study, roster: Roster | None) -> None:
     """Check, before anything is sent, that the study's lines go together.
 
     Raises:
@@ -103,12 +112,17 @@ def refuse_impossible(study: Study) -> None:
             file="study",
             key="[privacy] mode",
         )
-    if study.aggregation.secure:
+    if study.aggregation.secure and roster is None:
         raise ConfigError(
-            '= true cannot be run by this version; use secure = false with mode = "local", '
-            "where every update carries its own noise",
+            "= true needs the consortium's roster at the coordinator; give it with --roster",
             file="study",
             key="[aggregation] secure",
+        )
+    if study.privacy.unit == "site" and study.privacy.mode == "local":
+        raise ConfigError(
+            '= "site" goes with mode = "central"; local noise protects patients',
+            file="study",
+            key="[privacy] unit",
         )
 
 
@@ -118,11 +132,25 @@ def _wait_for_sites(channel: Channel, settings: Settings) -> None:
         time.sleep(_POLL_NODES)
 
 
-def _train(execution: Execution, strategy: Strategy, checkpoint: Checkpoint) -> Checkpoint:
+def _train(
+    execution: Execution, strategy: Strategy, checkpoint: Checkpoint, roster: Roster | None
+) -> tuple[Checkpoint, Cost | None]:
     study, run = execution.study, execution.run
-    for round_number in range(checkpoint.round_number + 1, study.study.rounds + 1):
+    first, cost = checkpoint.round_number + 1, None
+    one_round: OneRound = partial(_one_round, execution)
+    if study.aggregation.secure and roster is not None and first <= study.study.rounds:
+        size = checkpoint.state.parameters.size
+        secure = SecureRounds(execution, roster=roster, size=size)
+        secure.agree()
+        one_round, cost = secure.round, secure.cost
+        # A round that was opened and not finished is void: sites never answer its number again.
+        opened = [event["round"] for event in run.events() if event["event"] == "opened"]
+        first = max([first, *(number + 1 for number in opened)])
+    for round_number in range(first, study.study.rounds + 1):
         begun = time.monotonic()
-        state, survivors = _one_round(execution, strategy, checkpoint.state, round_number)
+        if cost is not None:
+            run.event("opened", round=round_number)
+        state, survivors = one_round(strategy, checkpoint.state, round_number)
         checkpoint = Checkpoint(
             round_number,
             study.hash,
@@ -134,16 +162,16 @@ def _train(execution: Execution, strategy: Strategy, checkpoint: Checkpoint) -> 
             "round",
             round=round_number,
             of=study.study.rounds,
-            sites=survivors,
+            sites=len(survivors),
             seconds=round(time.monotonic() - begun, 4),
             parameters=digest(state.parameters.tobytes())[:16],
         )
-    return checkpoint
+    return checkpoint, cost
 
 
 def _one_round(
     execution: Execution, strategy: Strategy, state: State, round_number: int
-) -> tuple[State, int]:
+) -> tuple[State, list[str]]:
     request = Payload(
         {
             "hash": execution.study.hash,
@@ -160,10 +188,10 @@ def _one_round(
             execution.run.event("failed", round=round_number, site=member.site, reason=error.reason)
             missing.append(member.site)
             continue
-        state = strategy.fold(state, update, member.weight)
-    survivors = len(execution.members) - len(missing)
+        state = strategy.fold(state, update, member.weight or 0.0)
+    survivors = [member.site for member in execution.members if member.site not in missing]
     threshold = execution.study.aggregation.min_sites
-    if survivors < threshold:
+    if len(survivors) < threshold:
         raise AggregationAborted(round_number=round_number, missing=missing, threshold=threshold)
     return strategy.finish(state), survivors
 

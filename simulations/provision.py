@@ -4,10 +4,12 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedward.client.local_site import LocalSite
 from fedward.core.canonical import digest
 from fedward.core.errors import ConfigError
 from fedward.core.files import write_atomic
 from fedward.core.identity import Identity
+from fedward.core.roster import write_roster
 from fedward.core.run import RunDirectory
 from fedward.core.site import load_site
 from fedward.core.study import Study
@@ -15,7 +17,7 @@ from fedward.tasks import datasets
 from fedward.tasks.registry import get_task
 
 PUBLISHER = Path("keys") / "publisher.pem"
-_LISTING = "sites.txt"
+_LISTING, _ROSTER = "sites.txt", "roster.toml"
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,12 +29,14 @@ class Provisioned:
         listing: A file with one of them a line.
         publisher: The publisher's private key.
         registry: Folder of releases.
+        roster: Every site's public identity.
     """
 
     sites: tuple[Path, ...]
     listing: Path
     publisher: Path
     registry: Path
+    roster: Path
 
 
 def provision(run: RunDirectory, study: Study, *, study_file: Path) -> Provisioned:
@@ -53,12 +57,17 @@ def provision(run: RunDirectory, study: Study, *, study_file: Path) -> Provision
             else _embedded_sites(study, folder / "sites")
         )
         write_atomic(listing, "".join(f"{file}\n" for file in files))
+    roster = folder / _ROSTER
     files = [Path(line) for line in listing.read_text(encoding="utf-8").splitlines()]
+    if study.aggregation.secure and not roster.exists():
+        sites = [LocalSite(file) for file in files]
+        write_roster(roster, {site.name: site.identity.public for site in sites})
     return Provisioned(
         sites=tuple(files),
         listing=listing,
         publisher=publisher,
         registry=folder / "registry",
+        roster=roster,
     )
 
 
@@ -132,6 +141,7 @@ delta = {study.privacy.delta}
 min_sites = 1
 require_secure_aggregation = false
 allow_no_privacy = true
+roster = {json.dumps(f"../{_ROSTER}")}
 
 [serving]
 store = {json.dumps(f"../stores/{name}")}

@@ -70,6 +70,7 @@ def simulate(study_file: Path, run: RunDirectory, *, runtime: str | None = None)
         "registry": str(sites.registry),
         "publisher": str(sites.publisher),
         "sites": len(sites.sites),
+        "roster": str(sites.roster) if study.aggregation.secure else "",
     }
     if chosen == "in-process":
         run_in_process(sites, config)

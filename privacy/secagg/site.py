@@ -6,6 +6,7 @@ Everything is checked before anything changes, so that a refused message leaves 
 """
 
 import hashlib
+import json
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from fedward.core.canonical import canonical_json
 from fedward.core.errors import AdmissionRefused, SignatureInvalid, UpdateRejected
 from fedward.core.identity import Identity, PublicIdentity
 from fedward.privacy.secagg import keys, messages, shamir
@@ -53,7 +55,8 @@ class Standing:
 class SiteSession:
     """One site in one run: `key`, `accept`, then for each round `begin`, `mask`, `unmask`.
 
-    A session lives in memory. If it is lost the run needs a new agreement.
+    A session lives in memory; `freeze` and `thaw` carry it from one process to the next. If it is
+    lost the run needs a new agreement.
 
     Args:
         terms: What the coordinator proposed.
@@ -100,6 +103,7 @@ class SiteSession:
         self._private = secrets.token_bytes(keys.SIZE)
         self._root = secrets.token_bytes(keys.SIZE)
         self._agreement: _Agreement | None = None
+        self._key_list: bytes | None = None
         self._round: Standing | None = None
 
     def __repr__(self) -> str:
@@ -115,6 +119,50 @@ class SiteSession:
     def standing(self) -> Standing | None:
         """Where this site stands in the newest round."""
         return self._round
+
+    def freeze(self) -> bytes:
+        """All that the session must not lose, as bytes that hold SECRET KEYS.
+
+        For a site whose process ends between two messages: write them, for this site's eyes only
+        and durably, before the answer leaves, and never `thaw` an older state than the newest: a
+        round that was masked twice would give away a difference.
+        """
+        current = self._round
+        value = {
+            "private": self._private.hex(),
+            "root": self._root.hex(),
+            "keys": None if self._key_list is None else self._key_list.hex(),
+            "round": None
+            if current is None
+            else {
+                "number": current.number,
+                "participants": sorted(current.participants),
+                "first": current.first,
+                "count": current.count,
+                "masked": current.masked,
+                "confirmed": None if current.confirmed is None else sorted(current.confirmed),
+                "unmasked": current.unmasked,
+            },
+        }
+        return canonical_json(value)
+
+    def thaw(self, frozen: bytes) -> None:
+        """Go on where `freeze` was called, in a new session of the same terms.
+
+        Raises:
+            UpdateRejected: The keys in it were not agreed under these terms.
+        """
+        value = json.loads(frozen)
+        self._private = bytes.fromhex(value["private"])
+        self._root = bytes.fromhex(value["root"])
+        if value["keys"] is not None:
+            self.accept(bytes.fromhex(value["keys"]))
+        if value["round"] is not None:
+            current = dict(value["round"])
+            current["participants"] = frozenset(current["participants"])
+            if current["confirmed"] is not None:
+                current["confirmed"] = frozenset(current["confirmed"])
+            self._round = Standing(**current)
 
     def key(self) -> bytes:
         """This site's public key for the run, signed: the answer to the terms."""
@@ -138,6 +186,7 @@ class SiteSession:
         )
         if self._agreement is None:
             self._agreement = self._agree(listed, context)
+            self._key_list = key_list
         elif not shamir.same(self._agreement.context, context):
             raise self._reject("another list of keys was accepted in this run")
         return self._shares(1, listed.ahead)
