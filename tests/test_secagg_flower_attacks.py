@@ -84,7 +84,8 @@ def attack_by_guessing(vector: np.ndarray) -> np.ndarray | None:
         rest = vector[:4] - heads[first] - heads
         for second in np.flatnonzero((rest < SMALL).all(axis=1)):
             pair = stream(candidate(first), LENGTH), stream(candidate(int(second)), LENGTH)
-            return vector - pair[0] - pair[1]
+            found: np.ndarray = vector - pair[0] - pair[1]
+            return found
     return None
 
 
@@ -104,7 +105,9 @@ def without_self_mask(
         ).shares[0]
         for name, site in zip(names, sites, strict=True)
     ]
-    return masked - stream(shamir.combine(shares, shamir.weights([1, 2, 3])), LENGTH)
+    secret = shamir.combine(shares, shamir.weights([1, 2, 3]))
+    found: np.ndarray = masked - stream(secret, LENGTH)
+    return found
 
 
 @pytest.mark.parametrize(("kind", "succeeds"), [(ShortSeeds, True), (SiteSession, False)])
@@ -153,7 +156,7 @@ def attack_by_both_lists(
     seeds = keys.unseal(secret[False], coordinator._shares[target, 1].seeds)
     if seeds is None:
         raise UpdateRejected(site="site-0000", reason="too few shares of the pair seeds")
-    vector = masked[target] - stream(secret[True], LENGTH)
+    vector: np.ndarray = masked[target] - stream(secret[True], LENGTH)
     for at in range(0, len(seeds), 32):
         vector = vector - stream(seeds[at : at + 32], LENGTH)
     return vector

@@ -7,12 +7,16 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from fedward.privacy.mechanisms.stream import BitStream
+from fedward.privacy.mechanisms.stream import BitStream, in_parallel
 
 _HALF: Final = 2**31
-_FRACTION: Final = 32  # bits after the point while rounding
 _SLACK: Final = 1 + 2**-20  # a clipped vector may be this much longer, by float32's rounding
+_FRACTION: Final = 32  # bits after the point while rounding
+# Adding it leaves a double whose unit in the last place is one granule, so that the processor
+# rounds, and whose lower half is the integer in two's complement.
+_ROUNDER: Final = 1.5 * 2.0 ** (52 + _FRACTION)
 _CHUNK: Final = 1 << 15  # numbers at a time: all temporaries stay in cache
+_BLOCK: Final = 1 << 20  # numbers that one stream of random bits serves
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,39 +84,61 @@ class FixedPoint:
         return sites * self.granularity
 
     def encode(
-        self, values: NDArray[np.float32] | NDArray[np.float64], *, bits: BitStream
+        self,
+        values: NDArray[np.float32] | NDArray[np.float64],
+        *,
+        bits: BitStream,
+        out: NDArray[np.uint32] | None = None,
+        threads: int | None = None,
     ) -> NDArray[np.uint32]:
         """Round each value up or down to a granule, so that it is right on average.
 
-        The probability is exact to 2^-25. Rounding protects nobody; the bits need not be secret.
+        The probability is exact to 2^-24. Rounding protects nobody; the bits need not be secret.
 
         Args:
-            values: Any shape; absolute values at most `bound`.
+            values: Shape `(length,)`; absolute values at most `bound`.
             bits: Where the randomness comes from.
+            out: Where to write, shape `(length,)`; a new array by default.
+            threads: How many share the work, by default the processors at hand; the result is the
+                same for any number.
 
         Returns:
-            Integers mod 2^32, of the same shape.
+            Integers mod 2^32, shape `(length,)`.
 
         Raises:
-            ValueError: A value is not finite or beyond the bound; clip first.
+            ValueError: A value is not finite or beyond the bound; clip first. `out` is undefined.
         """
-        flat = np.ascontiguousarray(values).reshape(-1)
-        out = np.empty(flat.size, dtype=np.uint32)
-        per_granule = 2.0**_FRACTION / self.granularity
-        limit = (self.bound / self.granularity * _SLACK + 1) * 2.0**_FRACTION
-        scaled = np.empty(min(_CHUNK, flat.size), dtype=np.float64)
-        fixed = np.empty(scaled.size, dtype=np.int64)
-        for start in range(0, flat.size, _CHUNK):
-            part = flat[start : start + _CHUNK]
-            real, whole = scaled[: part.size], fixed[: part.size]
-            np.multiply(part, per_granule, out=real, dtype=np.float64)
-            if not (real.max() <= limit and real.min() >= -limit):
+        if values.ndim != 1:
+            raise ValueError("values must have one dimension")
+        result = np.empty(values.size, dtype=np.uint32) if out is None else out
+        if result.shape != values.shape or result.dtype != np.uint32:
+            raise ValueError("out must be of uint32 and of the shape of values")
+        blocks = [
+            (values[at : at + _BLOCK], result[at : at + _BLOCK], bits.fork())
+            for at in range(0, values.size, _BLOCK)
+        ]
+        in_parallel(lambda block: self._encode(*block), blocks, threads=threads)
+        return result
+
+    def _encode(
+        self,
+        values: NDArray[np.float32] | NDArray[np.float64],
+        out: NDArray[np.uint32],
+        bits: BitStream,
+    ) -> None:
+        per_granule = 1 / self.granularity
+        limit = self.bound * _SLACK + self.granularity
+        scaled = np.empty(min(_CHUNK, values.size), dtype=np.float64)
+        for start in range(0, values.size, _CHUNK):
+            part = values[start : start + _CHUNK]
+            if not (part.max() <= limit and part.min() >= -limit):
                 raise ValueError(f"values must be finite and within {self.bound:g}; clip first")
-            np.copyto(whole, real, casting="unsafe")
-            whole += bits.words32(part.size)
-            whole >>= _FRACTION
-            np.copyto(out[start : start + part.size], whole, casting="unsafe")
-        return out.reshape(values.shape)
+            real = scaled[: part.size]
+            np.multiply(part, per_granule * 2.0**_FRACTION, out=real, dtype=np.float64)
+            # Uniform in [-1/2, 1/2) of a granule; then to the nearest.
+            np.add(real, bits.words32(part.size).view(np.int32), out=real)
+            real += _ROUNDER
+            out[start : start + part.size] = real.view("<u4")[::2]
 
     def decode(self, total: NDArray[np.uint32]) -> NDArray[np.float64]:
         """The real values of a sum."""

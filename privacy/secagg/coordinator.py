@@ -163,7 +163,7 @@ class CoordinatorSession:
         self._shares = {key: kept for key, kept in self._shares.items() if key[1] >= round_number}
         if len(ready) < self._terms.fewest:
             raise self._aborted(round_number, frozenset(asked) - ready)
-        total = np.zeros(self._terms.length, dtype=np.uint32)
+        total = np.empty(self._terms.length, dtype=np.uint32)
         self._round = _Round(round_number, ready, total)
         return {self._names[i]: self._round_request(i, context) for i in sorted(ready)}
 
@@ -185,7 +185,10 @@ class CoordinatorSession:
         self._check(site, update.round_number == current.number, "answers another round")
         self._verify(site, update.signature, self._statement(current, current.participants))
         shares = self._read_shares(site, index, update.shares) if update.shares else None
-        np.add(current.total, update.vector, out=current.total)
+        if current.signatures:
+            np.add(current.total, update.vector, out=current.total)
+        else:
+            np.copyto(current.total, update.vector)
         current.signatures[index] = update.signature
         if shares is not None:
             self._keep(shares)

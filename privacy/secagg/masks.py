@@ -5,15 +5,15 @@ chunk is touched, so that the vector passes through memory once, whatever the nu
 A stream can start anywhere (the offset is in the counter), so that threads split a vector.
 """
 
-import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Final
 
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from numpy.typing import NDArray
+
+from fedward.privacy.mechanisms.stream import in_parallel, processors
 
 # Of 16 KiB to 1 MiB, 128 to 256 KiB is fastest (it fits the second-level cache), and the larger
 # of them lets two threads overlap: each holds Python's lock for some microseconds a chunk.
@@ -54,17 +54,14 @@ def apply_masks(
         raise ValueError("vector must be one-dimensional, contiguous and of uint32")
     if not vector.flags.writeable:
         raise ValueError("vector must be writable")
-    workers = min(threads or _processors(), max(1, vector.size // _ALONE))
-    if workers == 1:
-        _apply(vector, masks, first=0)
-        return
-    # Whole chunks for each, so that every part starts on a block of the cipher.
+    workers = min(threads or processors(), max(1, vector.size // _ALONE))
+    # Whole chunks for each thread, so that every part starts on a block of the cipher.
     step = -(-vector.size // (workers * _WORDS)) * _WORDS
-    with ThreadPoolExecutor(workers) as pool:
-        starts = range(0, vector.size, step)
-        futures = [pool.submit(_apply, vector[s : s + step], masks, first=s) for s in starts]
-        for future in futures:
-            future.result()
+    in_parallel(
+        lambda start: _apply(vector[start : start + step], masks, first=start),
+        range(0, vector.size, step),
+        threads=threads,
+    )
 
 
 def _apply(part: NDArray[np.uint32], masks: Sequence[Mask], *, first: int) -> None:
@@ -85,7 +82,3 @@ def _apply(part: NDArray[np.uint32], masks: Sequence[Mask], *, first: int) -> No
                 np.subtract(chunk, stream_words, out=chunk)
             else:
                 np.add(chunk, stream_words, out=chunk)
-
-
-def _processors() -> int:
-    return min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)

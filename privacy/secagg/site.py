@@ -8,7 +8,7 @@ Everything is checked before anything changes, so that a refused message leaves 
 import hashlib
 import json
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -235,10 +235,21 @@ class SiteSession:
         """
         if vector.dtype != np.uint32 or vector.shape != (self._terms.length,):
             raise ValueError(f"vector must be of uint32 and of shape ({self._terms.length},)")
+        return self.mask_filled(lambda out: np.copyto(out, vector))
+
+    def mask_filled(self, fill: Callable[[NDArray[np.uint32]], object]) -> bytearray:
+        """As `mask`, of a vector that `fill` writes into the message: no copy of it is made.
+
+        Args:
+            fill: Gets zeros of shape `(terms.length,)` and changes them in place. If it raises,
+                nothing has happened.
+
+        Raises:
+            UpdateRejected: As `mask`.
+        """
         agreement, current = self._agreed(), self._current()
         if current.masked or current.confirmed is not None or current.unmasked:
             raise self._reject("this round's vector was sent, or is no longer waited for")
-        self._round = replace(current, masked=True)
         message, masked = messages.Update.start(
             agreement.context,
             round_number=current.number,
@@ -247,7 +258,8 @@ class SiteSession:
             shares=self._shares(current.first, current.count) if current.count else b"",
             length=self._terms.length,
         )
-        masked[:] = vector
+        fill(masked)
+        self._round = replace(current, masked=True)
         seed = self._self_seed(current.number)
         masks = [Mask(seed)] + [
             Mask(self._pair_seed(other, current.number), subtract=self._index > other)
