@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from fedward.privacy.accounting import (
     DpEvent,
     PrivacySpent,
+    adaptive_clipping_event,
     calibrate,
     calibrate_gaussian,
     compose,
@@ -406,6 +407,23 @@ def test_events_with_senseless_parameters_cannot_be_made() -> None:
     for delta in (0.0, 1.0, math.nan):
         with pytest.raises(ValueError, match="delta"):
             privacy_spent(gaussian_event(1.0), delta=delta, unit="patient")
+
+
+def test_adaptive_clipping_is_charged_for_both_of_its_releases() -> None:
+    plain = dp_sgd_event(noise_multiplier=1.0, sample_rate=0.05, steps=200)
+    adaptive = adaptive_clipping_event(
+        noise_multiplier=1.0, quantile_noise=4.0, sample_rate=0.05, steps=200
+    )
+    quantile = dp_sgd_event(noise_multiplier=4.0, sample_rate=0.05, steps=200)
+
+    # A unit is in both releases of a step or in neither, which costs more than two samplings.
+    assert epsilon(plain) < epsilon(compose([plain, quantile])) < epsilon(adaptive)
+    # Without sampling the two are independent Gaussian releases, exactly.
+    whole = adaptive_clipping_event(
+        noise_multiplier=3.0, quantile_noise=4.0, sample_rate=1.0, steps=1
+    )
+    both = compose([gaussian_event(3.0), gaussian_event(4.0)])
+    assert epsilon(whole) == pytest.approx(epsilon(both), abs=1e-9)
 
 
 def test_nothing_costs_nothing() -> None:

@@ -14,7 +14,14 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy import special, stats
 
-from fedward.privacy.mechanisms import NoiseSource, add_noise, secure_source, simulated_source
+from fedward.privacy.accounting import gaussian_event
+from fedward.privacy.mechanisms import (
+    NoiseSource,
+    add_noise,
+    release_count,
+    secure_source,
+    simulated_source,
+)
 from fedward.privacy.mechanisms.noise import grid_step
 from fedward.privacy.mechanisms.sources import SecureSource, SimulatedSource
 
@@ -246,3 +253,20 @@ def test_threads_share_a_source_without_sharing_a_draw() -> None:
 
 def test_a_source_shows_no_key() -> None:
     assert repr(secure_source()) == "SecureSource()"
+
+
+def test_a_count_is_released_with_the_noise_that_its_event_names() -> None:
+    source = secure_source()
+
+    released = [release_count(300, noise_multiplier=5.0, source=source) for _ in range(4000)]
+
+    counts = np.array([count for count, _ in released], dtype=np.float64)
+    assert all(event == gaussian_event(5.0) for _, event in released)
+    z = stats.norm.isf(FALSE_ALARM / 2)
+    assert abs(counts.mean() - 300) < z * 5.0 / math.sqrt(4000)
+    # Rounding to whole numbers adds 1/12 to the variance.
+    ratio = float(np.sum((counts - 300) ** 2)) / (25 + 1 / 12)
+    assert min(stats.chi2.sf(ratio, 4000), stats.chi2.cdf(ratio, 4000)) > FALSE_ALARM
+    assert release_count(0, noise_multiplier=1e-9, source=source)[0] == 0
+    with pytest.raises(ValueError, match="not negative"):
+        release_count(-1, noise_multiplier=1.0, source=source)

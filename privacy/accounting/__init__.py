@@ -7,6 +7,7 @@ from fedward.privacy.accounting.calibration import (
 )
 from fedward.privacy.accounting.events import (
     DpEvent,
+    adaptive_clipping_event,
     compose,
     discrete_gaussian_event,
     dp_sgd_event,
@@ -21,6 +22,7 @@ __all__ = [
     "DpEvent",
     "PrivacySpent",
     "Unit",
+    "adaptive_clipping_event",
     "calibrate",
     "calibrate_event",
     "calibrate_gaussian",

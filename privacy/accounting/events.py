@@ -81,6 +81,33 @@ def dp_sgd_event(*, noise_multiplier: float, sample_rate: float, steps: int) -> 
     return dp_event.SelfComposedDpEvent(step, int(steps))
 
 
+def adaptive_clipping_event(
+    *, noise_multiplier: float, quantile_noise: float, sample_rate: float, steps: int
+) -> DpEvent:
+    """`steps` steps of DP-SGD whose clip norm follows a quantile of the gradients' norms.
+
+    Each step also releases how many of its units were not clipped, with Gaussian noise (Andrew,
+    Thakkar, McMahan and Ramaswamy 2021, section 3). A unit that takes part moves both releases at
+    once, so together they are one Gaussian release whose inverse variances add up (their
+    theorem 1), and that is what is charged. Two mechanisms that sample apart from each other would
+    be billed too little: here a unit is in both or in neither.
+
+    Args:
+        noise_multiplier: Standard deviation of the gradients' noise over the clip norm, > 0.
+        quantile_noise: Standard deviation of the noise on the number of units that were not
+            clipped, each counted as 0 or 1, > 0.
+        sample_rate: As in `dp_sgd_event`.
+        steps: As in `dp_sgd_event`.
+
+    Raises:
+        ValueError: An argument is outside its range.
+    """
+    _positive("noise_multiplier", noise_multiplier)
+    _positive("quantile_noise", quantile_noise)
+    together = 1 / math.hypot(1 / noise_multiplier, 1 / quantile_noise)
+    return dp_sgd_event(noise_multiplier=together, sample_rate=sample_rate, steps=steps)
+
+
 def zcdp_event(rho: float) -> DpEvent:
     """A mechanism that satisfies `rho`-zero-concentrated DP (Bun and Steinke 2016).
 

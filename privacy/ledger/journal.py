@@ -71,8 +71,9 @@ class Journal:
         """A look at what is in the file now."""
         with self._lock:
             self._stay_home()
-            self._take_in()
-            yield
+            with storage.snapshot(self._connection):
+                self._take_in()
+                yield
 
     def append(self, kind: Kind, content: dict[str, Any]) -> int:
         """Write the next entry, inside `change`; it is applied as one read from the file is."""

@@ -73,6 +73,16 @@ def transaction(connection: sqlite3.Connection) -> Iterator[None]:
         raise
 
 
+@contextlib.contextmanager
+def snapshot(connection: sqlite3.Connection) -> Iterator[None]:
+    """Let every read of the block see the same entries, whatever others write meanwhile."""
+    connection.execute("BEGIN")
+    try:
+        yield
+    finally:
+        connection.execute("ROLLBACK")
+
+
 def append(connection: sqlite3.Connection, row: Row) -> None:
     """Add an entry, inside a transaction."""
     connection.execute("INSERT INTO entries VALUES (?, ?, ?)", (row.seq, row.body, row.signature))
