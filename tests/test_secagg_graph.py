@@ -55,6 +55,6 @@ def test_a_ring_gives_each_site_its_nearest_and_is_symmetric() -> None:
 
 def test_impossible_demands_are_refused() -> None:
     with pytest.raises(ValueError, match="no degree below 9"):
-        choose_degree(10)
+        choose_degree(10, dishonest=0.4, dropout=0.4)
     with pytest.raises(ValueError, match="fewer than all"):
         choose_degree(10, dishonest=0.5, dropout=0.5)
