@@ -28,7 +28,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 from fedward.client.training import Private, TrainingPlan, train
-from fedward.client.training.loop import session
+from fedward.client.training.session import session
 from fedward.privacy.mechanisms.noise import NoiseSource, secure_source, simulated_source
 
 CLIP_NORM, NOISE_MULTIPLIER, LEARNING_RATE, MOMENTUM = 1.0, 1.0, 0.05, 0.9
@@ -113,7 +113,7 @@ def fedward_step(source: NoiseSource) -> Callable[[Family, int, ExitStack], Step
         plan = plan_of(batch, steps=1, sample_rate=1.0)
         work = stack.enter_context(session(family.build(), loss_of, family.examples(batch), plan))
         drawn = work.draw(source)
-        return lambda: work.take(drawn, 0, source)
+        return lambda: work.take(drawn, source)
 
     return make
 

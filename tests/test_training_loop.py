@@ -1,5 +1,5 @@
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -9,7 +9,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedward.client.training import NotPrivate, Private, TrainingPlan, train
+from fedward.client.training import (
+    Adaptive,
+    NotPrivate,
+    Private,
+    TrainingPlan,
+    TrainingState,
+    train,
+)
 from fedward.client.training.loop import sampled_clipped_sum
 from fedward.client.training.opacus_modes import SourcedOptimizer
 from fedward.client.training.optimizers import FlatOptimizer
@@ -108,8 +115,6 @@ def test_every_mode_takes_the_same_steps(
 
 
 def _with_mode(plan: TrainingPlan, mode: Mode) -> TrainingPlan:
-    from dataclasses import replace
-
     return replace(plan, mode=mode)
 
 
@@ -365,3 +370,207 @@ def test_a_plan_that_means_nothing_is_refused(change: dict[str, Any]) -> None:
 def test_privacy_is_never_switched_off_by_a_number(clip_norm: float, noise: float) -> None:
     with pytest.raises(ValueError, match="above 0 and finite"):
         Private(clip_norm=clip_norm, noise_multiplier=noise)
+
+
+@pytest.mark.parametrize("mode", ["book-keeping", "hooks", "ghost", "functorch"])
+@pytest.mark.parametrize("records", [1, 3])
+def test_a_batch_in_parts_gives_the_same_step(mode: Mode, records: int) -> None:
+    if mode == "ghost" and records > 1:
+        pytest.skip("ghost knows one record a patient")
+    examples = examples_of(rows=60, patients=25 if records > 1 else None)
+    plan = plan_of(mode=mode, sample_rate=1.0, max_records=records)
+    whole = train(perceptron(), cross_entropy, examples, plan=plan, noise=SeededSource(1))
+
+    small = replace(plan, memory_limit_mb=0.002)
+    parts = train(perceptron(), cross_entropy, examples, plan=small, noise=SeededSource(1))
+
+    np.testing.assert_allclose(parts.update, whole.update, atol=1e-6)
+
+
+def test_parts_of_a_batch_stay_below_the_limit() -> None:
+    from fedward.client.training.session import session
+
+    examples = examples_of(rows=60)
+    with session(
+        perceptron(), cross_entropy, examples, plan_of(mode="hooks", memory_limit_mb=0.01)
+    ) as work:
+        sizes = [part.patients for part in work._parts(work._sampler.draw(_everybody()))]
+
+    gradients = 2 * (6 * 8 + 8 + 8 * 3 + 3) * 4  # bytes a patient, of gradients alone
+    assert sum(sizes) == 60
+    assert max(sizes) * gradients < 0.01 * 2**20
+    assert max(sizes) > 1
+
+
+def _everybody() -> ScriptedSource:
+    return ScriptedSource(np.zeros)
+
+
+@pytest.mark.parametrize("averaging", ["last", "tail", "ema"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_round_that_stopped_goes_on_without_taking_a_step_twice(
+    optimizer: Optimizer, averaging: str
+) -> None:
+    class Stopped(Exception):
+        pass
+
+    states: list[TrainingState] = []
+
+    def stop_after_four(state: TrainingState) -> None:
+        states.append(state)
+        if state.steps == 4:
+            raise Stopped
+
+    plan = plan_of(
+        steps=9,
+        optimizer=optimizer,
+        momentum=0.9 if optimizer == "sgd" else 0.0,
+        averaging=averaging,
+        schedule="linear",
+    )
+    examples = examples_of()
+    whole = train(perceptron(), cross_entropy, examples, plan=plan, noise=SeededSource(1))
+
+    source = SeededSource(1)
+    with pytest.raises(Stopped):
+        train(
+            perceptron(),
+            cross_entropy,
+            examples,
+            plan=plan,
+            noise=source,
+            checkpoint=stop_after_four,
+        )
+    rest = train(perceptron(), cross_entropy, examples, plan=plan, noise=source, resume=states[-1])
+
+    np.testing.assert_array_equal(rest.update, whole.update)
+    assert rest.event == whole.event  # the round's steps, once
+
+
+def test_a_state_of_another_plan_is_refused() -> None:
+    states: list[TrainingState] = []
+    train(
+        perceptron(),
+        cross_entropy,
+        examples_of(),
+        plan=plan_of(),
+        noise=SeededSource(0),
+        checkpoint=states.append,
+    )
+
+    for changed in (plan_of(optimizer="adam"), plan_of(averaging="ema"), plan_of(steps=1)):
+        with pytest.raises(ValueError, match="state"):
+            train(
+                perceptron(),
+                cross_entropy,
+                examples_of(),
+                plan=changed,
+                noise=SeededSource(0),
+                resume=states[-1],
+            )
+
+
+def test_averages_are_those_of_the_iterates() -> None:
+    iterates: list[NDArray[np.float32]] = []
+    plan = plan_of(steps=6, averaging="last")
+    last = train(
+        linear(),
+        cross_entropy,
+        examples_of(),
+        plan=plan,
+        noise=SeededSource(0),
+        checkpoint=lambda state: iterates.append(state.arrays["parameters"]),
+    ).update
+    start = torch.cat([p.detach().flatten() for p in linear().parameters()]).numpy()
+    iterates.append(start + last)
+
+    def averaged(kind: str) -> NDArray[np.float32]:
+        changed = plan_of(steps=6, averaging=kind, ema_decay=0.7)
+        result = train(linear(), cross_entropy, examples_of(), plan=changed, noise=SeededSource(0))
+        return result.update
+
+    tail = np.mean(iterates[3:], axis=0)
+    weights = 0.7 ** np.arange(5, -1, -1)
+    moving = np.average(iterates, axis=0, weights=weights)
+    np.testing.assert_allclose(averaged("tail"), tail - start, atol=1e-6)
+    np.testing.assert_allclose(averaged("ema"), moving - start, atol=1e-6)
+
+
+def test_adaptive_clipping_finds_the_quantile_at_the_same_price() -> None:
+    examples = examples_of(rows=400)
+    adaptive = Adaptive(quantile=0.5, learning_rate=0.3, count_noise=10.0)
+    guarantee = Private(clip_norm=0.01, noise_multiplier=1.0, adaptive=adaptive)
+    plan = plan_of(
+        guarantee=guarantee,
+        steps=80,
+        sample_rate=0.5,
+        expected_batch_size=200.0,
+        learning_rate=1e-9,
+    )
+
+    result = train(linear(), cross_entropy, examples, plan=plan, noise=SeededSource(0))
+
+    norms = []
+    for row in range(400):
+        model = linear()
+        losses = cross_entropy(
+            model(torch.from_numpy(examples.features[row : row + 1])),
+            torch.from_numpy(examples.labels[row : row + 1]),
+        )
+        gradients = torch.autograd.grad(losses.sum(), list(model.parameters()))
+        norms.append(float(torch.cat([g.flatten() for g in gradients]).norm()))
+    # Noise of 10 on a count of 200 moves the clip norm by 1.5% a step.
+    assert result.clip_norm == pytest.approx(np.median(norms), rel=0.25)
+    assert (
+        result.event
+        == train(
+            linear(),
+            cross_entropy,
+            examples,
+            plan=replace(plan, guarantee=replace(guarantee, adaptive=None)),
+            noise=SeededSource(0),
+        ).event
+    )
+
+
+def test_gradients_and_count_together_cost_what_is_charged() -> None:
+    guarantee = Private(clip_norm=1.0, noise_multiplier=1.3, adaptive=Adaptive(count_noise=2.0))
+
+    # Two Gaussian releases of noise multipliers a and b are one of (a^-2 + b^-2)^-1/2;
+    # the centred count has sensitivity 1/2.
+    a, b = guarantee.gradient_noise_multiplier, 2.0 / 0.5
+    assert (a**-2 + b**-2) ** -0.5 == pytest.approx(1.3)
+    with pytest.raises(ValueError, match="count_noise"):
+        Private(clip_norm=1.0, noise_multiplier=4.1, adaptive=Adaptive(count_noise=2.0))
+
+
+def test_adaptive_clipping_divides_by_the_public_batch_size() -> None:
+    """Opacus 1.6 divides the noised count by the batch's own, un-noised size."""
+    adaptive = Adaptive(quantile=0.5, learning_rate=1.0, count_noise=10.0)
+    guarantee = Private(clip_norm=1e-3, noise_multiplier=1.0, adaptive=adaptive)
+    plan = plan_of(guarantee=guarantee, steps=1, expected_batch_size=100.0)
+    nobody, everybody = ScriptedSource(np.ones), ScriptedSource(np.zeros)
+
+    empty = train(linear(), cross_entropy, examples_of(), plan=plan, noise=nobody)
+    full = train(linear(), cross_entropy, examples_of(), plan=plan, noise=everybody)
+
+    assert empty.clip_norm == pytest.approx(1e-3)  # a share of 1/2, as centred
+    # 40 patients, none within the bound: -20 over 100.
+    assert full.clip_norm == pytest.approx(1e-3 * np.exp(0.2), rel=1e-4)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_schedules_fall_over_all_rounds(schedule: str) -> None:
+    first = plan_of(schedule=schedule, steps=5, schedule_steps=10)
+    second = replace(first, first_step=5)
+
+    rates = [first.learning_rate_at(i) for i in range(5)]
+    rates += [second.learning_rate_at(i) for i in range(6)]
+
+    done = np.arange(11) / 10
+    expected = {
+        "constant": np.ones(11),
+        "linear": 1 - done,
+        "cosine": (1 + np.cos(np.pi * done)) / 2,
+    }[schedule]
+    np.testing.assert_allclose(rates, 0.1 * expected, atol=1e-12)

@@ -2,13 +2,16 @@
 
 from fedward.client.training.loop import LocalResult, sampled_clipped_sum, train
 from fedward.client.training.modes import choose_mode
-from fedward.client.training.plan import NotPrivate, Private, TrainingPlan
+from fedward.client.training.plan import Adaptive, NotPrivate, Private, TrainingPlan
+from fedward.client.training.session import TrainingState
 
 __all__ = [
+    "Adaptive",
     "LocalResult",
     "NotPrivate",
     "Private",
     "TrainingPlan",
+    "TrainingState",
     "choose_mode",
     "sampled_clipped_sum",
     "train",

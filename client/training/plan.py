@@ -7,8 +7,37 @@ from typing import Literal
 Optimizer = Literal["sgd", "adam", "adamw"]
 Mode = Literal["auto", "closed-form", "book-keeping", "ghost", "hooks", "functorch"]
 Schedule = Literal["constant", "linear", "cosine"]
+Averaging = Literal["last", "tail", "ema"]
 
 MODES: tuple[Mode, ...] = ("closed-form", "book-keeping", "ghost", "hooks", "functorch")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Adaptive:
+    """Let the clip norm follow a quantile of the patients' gradient norms.
+
+    Andrew, Thakkar, McMahan and Ramaswamy, NeurIPS 2021, Algorithm 1. How many gradients were
+    within the bound is released with noise in every step. The gradients' noise is raised such
+    that both releases together cost what `noise_multiplier` says (their Theorem 1): there is
+    nothing more to charge. The count is divided by the public batch size.
+
+    Attributes:
+        quantile: Share of patients, in (0, 1), whose gradients are to be within the bound.
+        learning_rate: Of the logarithm of the clip norm.
+        count_noise: Standard deviation of the noise on the count; more than half of
+            `noise_multiplier`. The paper takes a twentieth of the batch size.
+    """
+
+    quantile: float = 0.5
+    learning_rate: float = 0.2
+    count_noise: float
+
+    def __post_init__(self) -> None:
+        """Refuse what no training can mean."""
+        if not 0 < self.quantile < 1:
+            raise ValueError(f"quantile is in (0, 1), not {self.quantile}")
+        _positive("learning_rate", self.learning_rate)
+        _positive("count_noise", self.count_noise)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,16 +46,34 @@ class Private:
 
     Attributes:
         clip_norm: L2 bound of one patient's part in a step, > 0.
-        noise_multiplier: Standard deviation of the noise over `clip_norm`, > 0.
+        noise_multiplier: Standard deviation of the noise over `clip_norm`, > 0; what a step is
+            charged as.
+        adaptive: How `clip_norm` moves from where it starts; None leaves it.
     """
 
     clip_norm: float
     noise_multiplier: float
+    adaptive: Adaptive | None = None
 
     def __post_init__(self) -> None:
         """Refuse what no training can mean."""
         _positive("clip_norm", self.clip_norm)
         _positive("noise_multiplier", self.noise_multiplier)
+        if self.adaptive and 2 * self.adaptive.count_noise <= self.noise_multiplier:
+            raise ValueError(
+                f"count_noise = {self.adaptive.count_noise} leaves nothing for the gradients; "
+                f"it is more than half of noise_multiplier = {self.noise_multiplier}"
+            )
+
+    @property
+    def gradient_noise_multiplier(self) -> float:
+        """Of the noise on gradients; above `noise_multiplier` where a count is released too."""
+        if self.adaptive is None:
+            return self.noise_multiplier
+        # The count moves by at most 1/2 about its centre, so its noise multiplier is twice its
+        # standard deviation; precisions add up to that of `noise_multiplier`.
+        count = 2 * self.adaptive.count_noise
+        return float((self.noise_multiplier**-2 - count**-2) ** -0.5)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +102,9 @@ class TrainingPlan:
         schedule: How the learning rate falls over `schedule_steps` steps.
         schedule_steps: Length of the schedule over all rounds; 0 means `steps`.
         first_step: Number of steps taken in the rounds before, where the schedule stands.
+        averaging: What a round gives: the `last` iterate, the mean of the second half of them
+            (`tail`), or their exponential moving average (`ema`). All cost nothing.
+        ema_decay: Of `ema`, in (0, 1).
     """
 
     optimizer: Optimizer = "sgd"
@@ -71,6 +121,8 @@ class TrainingPlan:
     schedule: Schedule = "constant"
     schedule_steps: int = 0
     first_step: int = 0
+    averaging: Averaging = "last"
+    ema_decay: float = 0.99
 
     def __post_init__(self) -> None:
         """Refuse what no training can mean."""
@@ -91,6 +143,8 @@ class TrainingPlan:
             )
         if self.first_step < 0 or self.schedule_steps < 0:
             raise ValueError("first_step and schedule_steps are 0 or more")
+        if not 0 < self.ema_decay < 1:
+            raise ValueError(f"ema_decay is in (0, 1), not {self.ema_decay}")
 
     def learning_rate_at(self, step: int) -> float:
         """Learning rate of step `step` of this round, from 0.

@@ -109,6 +109,12 @@ class PoissonSampler:
             self.records = int(min(max_records, self._counts.max(initial=1)))
             self._choose = bool(self._counts.max(initial=0) > max_records)
 
+    def first(self) -> Batch:
+        """The first record as often as a patient has rows: a batch of the right shape."""
+        rows = slice(0, 1)
+        features = self._features[rows].repeat_interleave(self.records, 0)
+        return Batch(features, self._labels[rows], None, self.records)
+
     def draw(self, noise: NoiseSource) -> Batch:
         """Who takes part in the next step; nobody at all is an answer like any other."""
         chosen = np.flatnonzero(noise.uniform(self.num_units) < self._rate)

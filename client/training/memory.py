@@ -1,0 +1,66 @@
+"""How many patients fit below a memory limit at once."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedward.client.training.plan import Mode
+from fedward.client.training.sampler import Batch
+
+_FLOAT = 4
+# Activations are held once for the backward pass, once as gradients, and once in passing.
+_COPIES = 3
+
+
+def patients_at_once(model: nn.Module, one: Batch, *, mode: Mode | None, limit_mb: float) -> int:
+    """Number of patients whose records are worked through together; at least one.
+
+    An estimate from the shapes of one patient's activations, of which the limit leaves out
+    parameters and data.
+
+    Args:
+        model: In training mode.
+        one: One patient's records.
+        mode: How gradients are clipped; None for plain training.
+        limit_mb: In units of 2**20 bytes.
+    """
+    held = one.features.numel()
+    if mode == "closed-form":
+        held *= _COPIES
+    else:
+        held += _COPIES * _activations(model, one.features, patches=mode == "book-keeping")
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if mode in ("hooks", "functorch"):
+        # Every record's gradient, and that of its patient.
+        held += trained * (one.records + 1)
+    return max(1, math.floor(limit_mb * 2**20 / (held * _FLOAT)))
+
+
+def _activations(model: nn.Module, features: Tensor, *, patches: bool) -> int:
+    """Numbers that come out of all layers without children, and what book-keeping stores."""
+    count = 0
+
+    def hook(layer: nn.Module, _inputs: Any, output: Any) -> None:
+        nonlocal count
+        first = output[0] if isinstance(output, tuple) else output
+        count += first.numel()
+        weight = getattr(layer, "weight", None)
+        if not patches or not isinstance(weight, Tensor):
+            return
+        if isinstance(layer, nn.Conv1d | nn.Conv2d):  # unfolded inputs, and the kernel's gradient
+            count += first[:, 0].numel() * weight[0].numel() * layer.groups
+            count += weight.numel() * len(features)
+        elif isinstance(layer, nn.Linear) and first.dim() > 2:  # noqa: PLR2004 (rows, columns)
+            count += weight.numel()
+
+    leaves = [m for m in model.modules() if not list(m.children())]
+    handles = [layer.register_forward_hook(hook) for layer in leaves]
+    try:
+        with torch.no_grad():
+            model(features)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return count

@@ -1,0 +1,283 @@
+"""What a round of training holds while it runs."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fedward.client.training.bookkeeping import Loss
+from fedward.client.training.clippers import Clipper, Plain
+from fedward.client.training.memory import patients_at_once
+from fedward.client.training.modes import choose_mode, make_clipper
+from fedward.client.training.optimizers import FlatOptimizer
+from fedward.client.training.plan import Mode, NotPrivate, Private, TrainingPlan
+from fedward.client.training.recurrent import unroll
+from fedward.client.training.sampler import Batch, PoissonSampler
+from fedward.privacy.mechanisms.noise import NoiseSource, add_noise
+
+_CLIP_RANGE = 1e4  # adaptive clipping stays within this factor of where it started
+
+
+class Examples(Protocol):
+    """What a task prepares: rows, labels, and which patient a row is of."""
+
+    @property
+    def features(self) -> NDArray[np.generic]:
+        """Shape `(num_records, ...)`."""
+
+    @property
+    def labels(self) -> NDArray[np.generic]:
+        """Shape `(num_records, ...)`."""
+
+    @property
+    def units(self) -> NDArray[np.int64]:
+        """Shape `(num_records,)`, 0 to num_patients - 1."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingState:
+    """Where a round stands between two steps. Private: it stays at the site.
+
+    Attributes:
+        steps: Steps taken.
+        clip_norm: As adaptive clipping left it.
+        sanitised: Records whose gradient was taken as zero, so far.
+        arrays: Parameters, optimizer state and average, by name; for safetensors.
+    """
+
+    steps: int
+    clip_norm: float
+    sanitised: int
+    arrays: dict[str, NDArray[np.float32]]
+
+
+class Session:
+    """One round's state: flat parameters, clipper, sampler, optimizer. Use `session`.
+
+    Attributes:
+        flat: The trained parameters as one vector, of which the model's are views.
+        clip_norm: The bound of the next step.
+        sanitised: Records whose gradient was taken as zero, so far.
+        mode: How gradients are clipped; None under `NotPrivate()`.
+        steps: Steps taken.
+    """
+
+    def __init__(
+        self, model: nn.Module, loss: Loss, examples: Examples, plan: TrainingPlan
+    ) -> None:
+        self._plan = plan
+        self._parameters = list(model.parameters())
+        trained = [p for p in self._parameters if p.requires_grad]
+        if not trained:
+            raise ValueError("the model has no parameter to train")
+        self._trained = trained
+        self._model = model
+        self.sanitised = 0
+        self.steps = 0
+        guarantee = plan.guarantee
+        self.clip_norm = guarantee.clip_norm if isinstance(guarantee, Private) else float("inf")
+        self._sampler = PoissonSampler(
+            examples.features,
+            examples.labels,
+            examples.units,
+            sample_rate=plan.sample_rate,
+            max_records=plan.max_records,
+            device=trained[0].device,
+        )
+        self._training = model.training
+        self._restore = unroll(model) if isinstance(guarantee, Private) else _nothing
+        try:
+            self.mode = _mode_of(model, plan, records=self._sampler.records)
+            model.eval()  # a look at shapes draws no dropout
+            one = self._sampler.first()
+            self._at_once = (
+                patients_at_once(model, one, mode=self.mode, limit_mb=plan.memory_limit_mb)
+                if one.patients
+                else 1
+            )
+            model.train()
+            self._clipper: Clipper = (
+                Plain(model, loss, trained)
+                if self.mode is None
+                else make_clipper(model, loss, trained, mode=self.mode)
+            )
+        except BaseException:
+            self._restore()
+            model.train(self._training)
+            raise
+        # Nothing below fails: from here on the parameters are views of one vector, until `close`.
+        self._own = [p.data for p in trained]
+        self.flat = torch.cat([p.detach().reshape(-1) for p in trained])
+        self._start = self.flat.clone()
+        for p, view in zip(
+            trained, torch.split(self.flat, [p.numel() for p in trained]), strict=True
+        ):
+            p.data = view.view(p.shape)
+        self._average = None if plan.averaging == "last" else torch.zeros_like(self.flat)
+        self._optimizer = FlatOptimizer(
+            self.flat,
+            optimizer=plan.optimizer,
+            momentum=plan.momentum,
+            weight_decay=plan.weight_decay,
+        )
+
+    def draw(self, noise: NoiseSource) -> Batch:
+        """Who takes part in the next step."""
+        return self._sampler.draw(noise)
+
+    def clipped_sum(self, batch: Batch) -> tuple[Tensor, int]:
+        """The sum of the patients' clipped gradients, flat, and how many were within the bound.
+
+        Neither is private yet.
+        """
+        total: Tensor | None = None
+        within = 0
+        adaptive = isinstance(self._plan.guarantee, Private) and self._plan.guarantee.adaptive
+        for part in self._parts(batch):
+            clipped = self._clipper(part, clip_norm=self.clip_norm)
+            self.sanitised += clipped.sanitised
+            if total is None:
+                total = clipped.total if part is batch else clipped.total.clone()
+            else:
+                total.add_(clipped.total)
+            if adaptive:
+                within += int((clipped.squared_norms <= self.clip_norm**2).sum())
+        return torch.zeros_like(self.flat) if total is None else total, within
+
+    def _parts(self, batch: Batch) -> Iterator[Batch]:
+        """The batch, in parts that stay below the plan's memory limit."""
+        if not batch.patients:
+            return
+        if batch.patients <= self._at_once:
+            yield batch
+            return
+        for start in range(0, batch.patients, self._at_once):
+            yield batch.part(start, min(batch.patients, start + self._at_once))
+
+    def step(self, noise: NoiseSource) -> None:
+        """Draw a batch and take a step."""
+        self.take(self.draw(noise), noise)
+
+    def take(self, batch: Batch, noise: NoiseSource) -> None:
+        """Take a step; after the noise is added nothing looks at a patient again."""
+        total, within = self.clipped_sum(batch)
+        guarantee = self._plan.guarantee
+        if isinstance(guarantee, Private):
+            released = add_noise(
+                total.cpu().numpy(),
+                std=guarantee.gradient_noise_multiplier * self.clip_norm,
+                source=noise,
+            )
+            total = torch.from_numpy(released).to(total.device)
+            self._adapt(guarantee, within - batch.patients / 2, noise)
+        total.div_(self._plan.expected_batch_size)
+        self._optimizer.step(total, learning_rate=self._plan.learning_rate_at(self.steps))
+        self.steps += 1
+        self._add_to_average()
+
+    def _adapt(self, guarantee: Private, centred_count: float, noise: NoiseSource) -> None:
+        adaptive = guarantee.adaptive
+        if adaptive is None:
+            return
+        released = add_noise(np.array([centred_count]), std=adaptive.count_noise, source=noise)
+        share = float(released[0]) / self._plan.expected_batch_size + 0.5
+        self.clip_norm *= float(np.exp(-adaptive.learning_rate * (share - adaptive.quantile)))
+        low, high = guarantee.clip_norm / _CLIP_RANGE, guarantee.clip_norm * _CLIP_RANGE
+        self.clip_norm = min(high, max(low, self.clip_norm))
+
+    def _add_to_average(self) -> None:
+        if self._average is None:
+            return
+        if self._plan.averaging == "ema":
+            self._average.lerp_(self.flat, 1 - self._plan.ema_decay)
+        elif self.steps > self._plan.steps // 2:
+            self._average.add_(self.flat)
+
+    def finish(self) -> None:
+        """Put the average, if the plan has one, in the place of the last iterate."""
+        if self._average is None:
+            return
+        if self._plan.averaging == "ema":
+            # The average started at zero, as Adam's moments do.
+            self._average.div_(1 - self._plan.ema_decay**self.steps)
+        else:
+            self._average.div_(self._plan.steps - self._plan.steps // 2)
+        self.flat.copy_(self._average)
+
+    def update(self) -> NDArray[np.float32]:
+        """Trained minus given parameters; zero where frozen."""
+        moved = iter(torch.split(self.flat - self._start, [p.numel() for p in self._trained]))
+        parts = [
+            next(moved) if p.requires_grad else torch.zeros(p.numel()) for p in self._parameters
+        ]
+        vector: NDArray[np.float32] = torch.cat([part.float().cpu() for part in parts]).numpy()
+        return vector
+
+    def state(self) -> TrainingState:
+        """What `restore` needs to go on after this step."""
+        arrays = {f"optimizer.{name}": value for name, value in self._optimizer.state().items()}
+        arrays["parameters"] = self.flat.cpu().numpy().copy()
+        if self._average is not None:
+            arrays["average"] = self._average.cpu().numpy().copy()
+        return TrainingState(self.steps, self.clip_norm, self.sanitised, arrays)
+
+    def restore(self, state: TrainingState) -> None:
+        """Go on where `state` was taken.
+
+        Raises:
+            ValueError: The state is of another plan or another model.
+        """
+        arrays = dict(state.arrays)
+        own = {"parameters": self.flat}
+        if self._average is not None:
+            own["average"] = self._average
+        for name, value in own.items():
+            array = arrays.pop(name, None)
+            if array is None or array.shape != tuple(value.shape):
+                raise ValueError(f"the state's {name} is of another plan or another model")
+            value.copy_(torch.from_numpy(array))
+        if not 0 <= state.steps <= self._plan.steps:
+            raise ValueError(f"the state is after {state.steps} of {self._plan.steps} steps")
+        self._optimizer.restore(
+            {name.removeprefix("optimizer."): array for name, array in arrays.items()},
+            steps=state.steps,
+        )
+        self.steps, self.clip_norm, self.sanitised = state.steps, state.clip_norm, state.sanitised
+
+    def close(self) -> None:
+        """Give the parameters their own memory again, holding what was trained."""
+        self._clipper.close()
+        for p, own in zip(self._trained, self._own, strict=True):
+            own.copy_(p.data)
+            p.data = own
+        self._restore()
+        self._model.train(self._training)
+
+
+def _mode_of(model: nn.Module, plan: TrainingPlan, *, records: int) -> Mode | None:
+    if isinstance(plan.guarantee, NotPrivate):
+        return None
+    if plan.mode != "auto":
+        return plan.mode
+    return choose_mode(model, batch_size=plan.expected_batch_size, records=records)
+
+
+def _nothing() -> None:
+    """Without privacy, fused layers stay as they are."""
+
+
+@contextmanager
+def session(
+    model: nn.Module, loss: Loss, examples: Examples, plan: TrainingPlan
+) -> Iterator[Session]:
+    """A round's state, which is taken off the model at the end, whatever happens."""
+    work = Session(model, loss, examples, plan)
+    try:
+        yield work
+    finally:
+        work.close()
