@@ -206,7 +206,7 @@ def test_a_strategy_that_must_see_single_updates_is_refused_at_the_start(
         def needs(self) -> Any:
             return "each"
 
-    monkeypatch.setitem(registry.STRATEGIES, "median", Median)  # type: ignore[arg-type]
+    monkeypatch.setitem(registry.STRATEGIES, "median", Median)
     file = secure_study(tmp_path)
     file.write_text(file.read_text().replace("[strategy]", '[strategy]\nname = "median"'))
 
