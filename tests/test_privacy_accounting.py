@@ -444,6 +444,31 @@ def test_a_run_without_protection_is_priced_without_exhausting_memory(noise: flo
     json.dumps(spent.to_json(), allow_nan=False)
 
 
+@pytest.mark.parametrize("delta", [1e-11, 1e-13])
+def test_a_delta_that_convolutions_do_not_resolve_is_left_to_rdp(delta: float) -> None:
+    event = dp_sgd_event(noise_multiplier=2.0, sample_rate=0.1, steps=100)
+
+    spent = privacy_spent(event, delta=delta, unit="patient")
+
+    assert (spent.accountant, spent.epsilon) == ("rdp", spent.epsilon_rdp)
+    assert "delta is too small" in spent.note
+
+
+def test_ten_thousand_steps_have_at_least_their_exact_price() -> None:
+    from scipy.stats import norm
+
+    # Sampled at a rate that is one but for rounding, so that the steps are convolved one by one
+    # and yet known in closed form.
+    event = dp_sgd_event(noise_multiplier=150.0, sample_rate=1 - 1e-9, steps=10_000)
+
+    for delta in (1e-5, 1e-8, 1e-10):
+        bound, mu = epsilon(event, delta), 100 / 150
+
+        exact = norm.sf(bound / mu - mu / 2) - math.exp(bound) * norm.sf(bound / mu + mu / 2)
+        assert exact <= delta
+        assert exact == pytest.approx(delta, rel=0.1)
+
+
 def test_a_report_in_which_pld_is_larger_says_so() -> None:
     # A million steps with next to no sampling: rounding up each loss to the grid adds up.
     event = dp_sgd_event(noise_multiplier=50.0, sample_rate=0.001, steps=1_000_000)

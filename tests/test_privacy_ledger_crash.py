@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from fedward.core.errors import ConfigError, PrivacyError
 from fedward.core.identity import Identity
 from fedward.privacy.accounting import dp_sgd_event, privacy_spent
 from fedward.privacy.ledger import Ledger
@@ -148,3 +150,59 @@ def test_a_ledger_is_not_carried_over_a_fork(tmp_path: Path) -> None:
     )
 
     assert "must not be carried over a fork" in run.stdout
+
+
+def test_a_full_disk_is_explained_and_nothing_is_granted(tmp_path: Path) -> None:
+    event = dp_sgd_event(noise_multiplier=4.0, sample_rate=0.1, steps=20)
+    path, identity = tmp_path / "ledger.sqlite", Identity.generate_site()
+    with Ledger.open(path, identity=identity, site="va", simulated=False) as ledger:
+        ledger.allot(study="heart", event=event, max_epsilon=8.0, delta=DELTA, unit="patient")
+        connection = ledger._journal._connection
+        pages = connection.execute("PRAGMA page_count").fetchone()[0]
+        connection.execute(f"PRAGMA max_page_count = {pages}")
+        part = dp_sgd_event(noise_multiplier=4.0, sample_rate=0.1, steps=1)
+
+        def reserve_all() -> None:
+            for number in range(1, 21):
+                ledger.reserve(study="heart", round_number=number, event=part)
+                granted.append(number)
+
+        granted: list[int] = []
+        with pytest.raises(PrivacyError, match=r"full.*nothing was released"):
+            reserve_all()
+
+        connection.execute("PRAGMA max_page_count = 1000000")
+        ledger.verify()
+        reserved = [entry.round_number for entry in ledger.entries() if entry.kind == "reserve"]
+        assert reserved == granted
+        ledger.reserve(study="heart", round_number=20, event=part)
+
+
+def test_a_ledger_that_somebody_holds_is_explained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedward.privacy.ledger.storage._BUSY_SECONDS", 0.05)
+    event = dp_sgd_event(noise_multiplier=4.0, sample_rate=0.1, steps=20)
+    path, identity = tmp_path / "ledger.sqlite", Identity.generate_site()
+    with Ledger.open(path, identity=identity, site="va", simulated=False) as ledger:
+        other = sqlite3.connect(path, isolation_level=None)
+        other.execute("BEGIN IMMEDIATE")
+
+        with pytest.raises(PrivacyError, match="locked"):
+            ledger.allot(study="heart", event=event, max_epsilon=8, delta=DELTA, unit="patient")
+
+        other.execute("ROLLBACK")
+        other.close()
+        ledger.allot(study="heart", event=event, max_epsilon=8.0, delta=DELTA, unit="patient")
+
+
+def test_a_folder_that_is_not_the_sites_is_explained(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+
+    with pytest.raises(ConfigError, match="cannot be written"):
+        Ledger.open(
+            tmp_path / "file" / "ledger.sqlite",
+            identity=Identity.generate_site(),
+            site="va",
+            simulated=False,
+        )

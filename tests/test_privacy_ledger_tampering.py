@@ -91,7 +91,7 @@ def test_the_file_refuses_slips(path: Path, statement: str) -> None:
     connection.close()
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(data=st.data())
 def test_a_flipped_bit_in_any_entry_is_reported_with_its_place(
     data: st.DataObject, written: Path, identity: Identity, tmp_path_factory: pytest.TempPathFactory

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable
 
 from fedward.privacy.accounting.events import DpEvent, dp_sgd_event, gaussian_event, leaves
-from fedward.privacy.accounting.pricing import pld_epsilon
+from fedward.privacy.accounting.pricing import best_epsilon
 
 SMALLEST_NOISE = 0.1
 LARGEST_NOISE = 1e5
@@ -63,8 +63,8 @@ def calibrate_event(event: Callable[[float], DpEvent], *, epsilon: float, delta:
         raise ValueError(f"epsilon must be positive and finite, got {epsilon}")
 
     def excess(noise: float) -> float:
-        spent = pld_epsilon(leaves(event(noise)), delta=delta)
-        return _FAR if spent is None else math.log(max(spent, 1e-12) / epsilon)
+        spent = best_epsilon(leaves(event(noise)), delta=delta)
+        return min(math.log(max(spent, 1e-12) / epsilon), _FAR)
 
     low, high = SMALLEST_NOISE, 1.0
     below, above = math.inf, excess(high)

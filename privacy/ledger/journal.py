@@ -9,7 +9,7 @@ from pathlib import Path
 from secrets import token_hex
 from typing import Any
 
-from fedward.core.errors import ConfigError, LedgerCorrupt
+from fedward.core.errors import ConfigError, LedgerCorrupt, PrivacyError
 from fedward.core.identity import Identity, PublicIdentity
 from fedward.privacy.ledger import storage
 from fedward.privacy.ledger.records import NO_HASH, Kind, Row, read_row, write_row
@@ -54,17 +54,28 @@ class Journal:
 
     @contextlib.contextmanager
     def change(self) -> Iterator[None]:
-        """One exclusive transaction, which starts from what is in the file now."""
+        """One exclusive transaction, which starts from what is in the file now.
+
+        Raises:
+            PrivacyError: The file cannot be written: the disk is full, or somebody holds it.
+        """
         with self._lock:
             self._stay_home()
+            self._signer()
             try:
                 with storage.transaction(self._connection):
                     self._take_in()
                     yield
-            except (sqlite3.Error, LedgerCorrupt):
-                # Whether the entry was written is not known: the file says, next time.
-                self.state, self._seq, self._hash = State(), -1, NO_HASH
+            except LedgerCorrupt:
+                self._forget()
                 raise
+            except sqlite3.Error as error:
+                # Whether the entry was written is not known: the file says, next time.
+                self._forget()
+                raise PrivacyError(
+                    f"{self.name} cannot be written ({error}), so nothing was released; make room "
+                    "on its disk, or stop what else has it open, and try again"
+                ) from error
 
     @contextlib.contextmanager
     def current(self) -> Iterator[None]:
@@ -77,10 +88,8 @@ class Journal:
 
     def append(self, kind: Kind, content: dict[str, Any]) -> int:
         """Write the next entry, inside `change`; it is applied as one read from the file is."""
-        if self._identity is None:
-            raise ValueError("this ledger was opened to be read")
         row = write_row(
-            kind, content, seq=self._seq + 1, previous=self._hash, identity=self._identity
+            kind, content, seq=self._seq + 1, previous=self._hash, identity=self._signer()
         )
         self._apply(row)
         storage.append(self._connection, row)
@@ -116,6 +125,14 @@ class Journal:
     def _apply(self, row: Row) -> None:
         self.state.apply(read_row(row, seq=self._seq + 1, previous=self._hash))
         self._seq, self._hash = row.seq, row.hash
+
+    def _signer(self) -> Identity:
+        if self._identity is None:
+            raise ValueError("this ledger was opened to be read")
+        return self._identity
+
+    def _forget(self) -> None:
+        self.state, self._seq, self._hash = State(), -1, NO_HASH
 
     def _take_in(self) -> None:
         """Apply the entries that others have written since."""

@@ -6,7 +6,7 @@ import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
-from fedward.core.errors import LedgerCorrupt
+from fedward.core.errors import ConfigError, LedgerCorrupt
 from fedward.privacy.ledger.records import Row
 
 _BUSY_SECONDS = 60.0
@@ -32,21 +32,30 @@ def connect(path: Path | None, *, read_only: bool = False) -> sqlite3.Connection
     which a power cut could bring the journal back and take the last entry with it.
 
     Raises:
+        ConfigError: The file cannot be made or opened.
         LedgerCorrupt: The file is not a ledger, or SQLite cannot read it.
     """
     if path is not None and not read_only:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+        except OSError as error:
+            raise ConfigError(
+                f"cannot be written: {error.strerror}; the site's state folder must be the site's",
+                file=str(path),
+            ) from error
     try:
         connection = sqlite3.connect(
-            ":memory:" if path is None else f"{path.resolve().as_uri()}?mode={_mode(read_only)}",
+            ":memory:" if path is None else f"{path.resolve().as_uri()}?mode={_mode(path)}",
             uri=path is not None,
             isolation_level=None,
             timeout=_BUSY_SECONDS,
             check_same_thread=False,
         )
         connection.execute("PRAGMA synchronous = EXTRA")
-        if not read_only:
+        if read_only:
+            connection.execute("PRAGMA query_only = ON")
+        else:
             with transaction(connection):
                 for statement in _SCHEMA.split(";\n"):
                     connection.execute(f"{statement};" if "BEGIN" in statement else statement)
@@ -103,5 +112,6 @@ def rows(connection: sqlite3.Connection, *, after: int = -1) -> list[Row]:
     return [Row(seq, bytes(body), bytes(signature)) for seq, body, signature in found]
 
 
-def _mode(read_only: bool) -> str:
-    return "ro" if read_only else "rw"
+def _mode(path: Path) -> str:
+    """Even a reader has to be able to roll back what a killed writer left half-done."""
+    return "rw" if os.access(path, os.W_OK) else "ro"
