@@ -41,6 +41,7 @@ def publish(
     metrics: Mapping[str, Any],
     training: Mapping[str, Any],
     identity: Identity,
+    monitor: Mapping[str, Any] | None = None,
 ) -> Path:
     """Publish a model as the next version of the study's name.
 
@@ -56,6 +57,8 @@ def publish(
         metrics: As in a run's `metrics.json`: `pooled`, `mean`, `worst`, `sites`.
         training: Facts of the run for `training.json`, such as versions, rounds and sites.
         identity: The publisher's ECDSA P-256 identity.
+        monitor: Histograms of the inputs and predictions, made under differential privacy, for
+            the adapter to watch for drift; the form is that of `serving.drift`.
 
     Returns:
         The release's folder, `registry/NAME/VERSION`.
@@ -92,7 +95,9 @@ def publish(
             fields=tuple(_field(field) for field in task.schema.features),
         )
         card = card_json(signature, statement=statement, metrics=metrics, training=facts)
+        watched = {} if monitor is None else {"monitor.json": _pretty(dict(monitor))}
         return {
+            **watched,
             "model.safetensors": weights,
             "model.onnx": onnx,
             "signature.json": _pretty(signature.to_json()),

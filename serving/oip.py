@@ -122,8 +122,10 @@ def encode_infer(
 
 def to_float32(values: NDArray[Any]) -> NDArray[np.float32]:
     """Numbers as the model takes them; what float32 cannot hold becomes infinite."""
+    if values.dtype == np.float32:
+        return values
     with np.errstate(over="ignore", invalid="ignore"):
-        return values.astype(np.float32, copy=False)
+        return values.astype(np.float32)
 
 
 def dtype_of(name: object) -> type[np.number[Any]]:

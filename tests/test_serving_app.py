@@ -18,6 +18,7 @@ from fedward.core.release import read_release
 from fedward.serving.app import App
 from fedward.serving.catalogue import Catalogue
 from fedward.serving.engine import start_engine
+from fedward.serving.guard import Guard
 from fedward.serving.http import MAX_BODY
 from fedward.serving.service import Service
 
@@ -341,3 +342,13 @@ def test_a_store_is_served_by_its_newest_version(tmp_path: Path) -> None:
         catalogue.promote(start_engine(read_release(folder, identity.public)))
 
     assert ask(served, "POST", "/predict", _PATIENT).json["model"]["version"] == 2
+
+
+@given(rows=st.lists(st.lists(st.floats(width=32), min_size=4, max_size=4), min_size=1, max_size=6))
+def test_few_rows_and_many_are_guarded_alike(rows: list[list[float]]) -> None:
+    guard = Guard(SIGNATURE)
+    inputs = np.array(rows, np.float32)
+
+    assert guard._first_of_few(inputs) == guard._first(inputs)
+    assert guard._first_of_few(valid_inputs(50)) is None
+    assert guard._first(valid_inputs(50)) is None
