@@ -18,6 +18,8 @@ from fedward.privacy.accounting.events import DpEvent, Leaf, leaves
 from fedward.privacy.accounting.pricing import PrivacySpent, pld_of_zcdp
 
 _GRID = 5e-3  # mixtures take seconds to tabulate; coarser is still an upper bound
+_LARGEST_EPSILON = 100.0  # above it tables grow long, and two accountants are no better than one
+_SMALLEST_DELTA = 1e-10  # see fedward.privacy.accounting.pricing
 _TAIL = 14.0  # standard deviations of noise that the quadrature reaches beyond the means
 _POINTS = 40_001
 _ORDERS = (*(1 + x / 10 for x in range(1, 40)), *range(5, 65), 96, 128, 192, 256)
@@ -50,21 +52,27 @@ def patient_guarantee(event: DpEvent, *, records: int, delta: float) -> PrivacyS
         raise ValueError(f"records counts from 1, got {records}")
     if not 0 < delta < 1:
         raise ValueError(f"delta must be in (0, 1), got {delta}")
-    pld = privacy_loss_distribution.identity(value_discretization_interval=_GRID)
+    counted = sorted(leaves(event).items())
     divergences = np.zeros(len(_ORDERS))
-    for leaf, count in sorted(leaves(event).items()):
+    for leaf, count in counted:
+        divergences += count * _renyi(leaf, records)
+    rdp = float(compute_epsilon(np.array(_ORDERS), divergences, delta)[0])
+    if rdp > _LARGEST_EPSILON or delta < _SMALLEST_DELTA:
+        return PrivacySpent(
+            epsilon=rdp,
+            epsilon_rdp=rdp,
+            delta=delta,
+            unit="patient",
+            accountant="rdp",
+            note="out of reach of a privacy loss distribution, so RDP is shown twice",
+        )
+    pld = privacy_loss_distribution.identity(value_discretization_interval=_GRID)
+    for leaf, count in counted:
         of_leaf = _pld_of(leaf, records)
         pld = pld.compose(of_leaf if count == 1 else of_leaf.self_compose(count))
-        divergences += count * _renyi(leaf, records)
     epsilon = float(pld.get_epsilon_for_delta(delta))
-    rdp = float(compute_epsilon(np.array(_ORDERS), divergences, delta)[0])
-    return PrivacySpent(
-        epsilon=epsilon,
-        epsilon_rdp=rdp,
-        delta=delta,
-        unit="patient",
-        note="" if epsilon <= rdp + _GRID else "PLD is above RDP: the grid is too coarse, or a bug",
-    )
+    note = "" if epsilon <= rdp + _GRID else "PLD is above RDP: the grid is too coarse, or a bug"
+    return PrivacySpent(epsilon=epsilon, epsilon_rdp=rdp, delta=delta, unit="patient", note=note)
 
 
 @functools.lru_cache(maxsize=64)

@@ -363,6 +363,33 @@ def test_what_is_not_an_event_is_refused(value: object) -> None:
         event_from_json(value)
 
 
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(
+                ["event", "of", "count", "rho", "sample_rate", "noise_multiplier", "x"]
+            ),
+            inner
+            | st.sampled_from(["gaussian", "zcdp", "repeated", "composed", "poisson-sampled"]),
+            max_size=4,
+        )
+    ),
+    max_leaves=10,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(value=anything)
+def test_whatever_is_read_is_an_event_or_a_value_error(value: object) -> None:
+    try:
+        event = event_from_json(value)
+    except ValueError:
+        return
+    assert event_to_json(event) == value
+
+
 def test_a_deep_event_is_refused_instead_of_exhausting_the_stack() -> None:
     value: Any = GOOD
     for _ in range(50):

@@ -77,3 +77,12 @@ def test_one_step_costs_a_patient_what_the_integral_says() -> None:
 def test_senseless_questions_are_refused(records: int, delta: float) -> None:
     with pytest.raises(ValueError, match=r"records|delta"):
         patient_guarantee(gaussian_event(1.0), records=records, delta=delta)
+
+
+def test_a_patient_without_protection_is_priced_without_exhausting_memory() -> None:
+    event = dp_sgd_event(noise_multiplier=0.05, sample_rate=0.5, steps=10_000)
+
+    spent = patient_guarantee(event, records=10, delta=DELTA)
+
+    assert spent.epsilon > 1e4
+    assert spent.accountant == "rdp"
