@@ -1,5 +1,7 @@
 """A site's answers to what a coordinator may ask: admit, train, evaluate, take a release."""
 
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,11 +21,14 @@ from fedward.core.identity import PublicIdentity
 from fedward.core.inbox import receive_release
 from fedward.core.study import Study
 from fedward.core.toml import build
+from fedward.privacy.ledger import Reservation
 from fedward.privacy.mechanisms import add_noise
 from fedward.strategies.strategy import Vector
 from fedward.tasks.registry import get_task
 from fedward.tasks.task import Examples, Sums, Task
 from fedward.transport.payload import Payload
+
+_ANSWERED = "round {} was answered here already"
 
 
 def admit_study(site: LocalSite, request: Payload) -> Payload:
@@ -60,28 +65,111 @@ def admit_study(site: LocalSite, request: Payload) -> Payload:
     return Payload({"terms": terms, "signature": signature})
 
 
+@dataclass(frozen=True, slots=True)
+class Round:
+    """A round that a site has begun: all is checked and paid for, and nothing is trained yet.
+
+    Attributes:
+        admitted: The study.
+        parameters: The model to start from.
+        number: From 1.
+        asked: SHA-256 of `parameters`; empty in a study without privacy.
+        reservation: What was reserved for it; None where nothing is to be paid.
+        again: The update that was sent before and is to be sent again; then nothing is trained.
+        expected: SHA-256 that the update must have; empty where any will do.
+        masked: Under secure aggregation, what masks the update.
+    """
+
+    admitted: Admitted
+    parameters: Vector
+    number: int
+    asked: str = ""
+    reservation: Reservation | None = None
+    again: Vector | None = None
+    expected: str = ""
+    masked: MaskedRound | None = None
+
+
 def train_round(site: LocalSite, request: Payload) -> Payload:
     """Train one round and return the update.
 
     Raises:
         AdmissionRefused, BudgetExceeded, UpdateRejected: Nothing was trained.
     """
+    begun = begin_round(site, request)
+    update = begun.again
+    if update is None:
+        study = begun.admitted.study
+        task, model = site.model(study, begun.parameters)
+        training, _ = site.examples(task, study)
+        plan = training_plan(study, begun.admitted.plan)
+        noise = site.source(study, "train", begun.number)
+        update = train(model, task.loss, training, plan=plan, noise=noise).update
+    return finish_round(site, begun, update)
+
+
+def begin_round(site: LocalSite, request: Payload) -> Round:
+    """Check what is asked, and reserve its price.
+
+    Reserve, train, keep, settle, in this order: a crash overstates the loss, never understates.
+    A coordinator that lost the answer gets the same bytes again. One that asks a round anew for
+    another model is refused: it would learn twice for the price of once.
+
+    Raises:
+        AdmissionRefused, BudgetExceeded, UpdateRejected: Nothing was reserved.
+    """
     admitted = site.admitted(str(request.record.get("hash")))
-    round_number = request.record.get("round")
-    if not isinstance(round_number, int) or not 1 <= round_number <= admitted.plan.rounds:
-        raise UpdateRejected(site="coordinator", reason=f"there is no round {round_number}")
-    task, model = site.model(admitted.study, request.arrays.get("parameters"))
-    masked = MaskedRound(site, request) if admitted.study.aggregation.secure else None
-    asked = digest(request.arrays["parameters"].tobytes())
-    if admitted.study.privacy.mode == "none":
-        update = _train(site, task, model, admitted, round_number)
-    else:
-        update = _train_privately(
-            site, task, model, admitted, round_number=round_number, asked=asked
-        )
-    if masked is not None:
-        return masked.mask(update, weight=admitted.plan.weight)
-    return Payload({"site": site.name, "round": round_number}, {"update": update})
+    number = request.record.get("round")
+    if not isinstance(number, int) or not 1 <= number <= admitted.plan.rounds:
+        raise UpdateRejected(site="coordinator", reason=f"there is no round {number}")
+    parameters = site.check_parameters(admitted.study, request.arrays.get("parameters"))
+    begun = Round(
+        admitted,
+        parameters,
+        number,
+        masked=MaskedRound(site, request) if admitted.study.aggregation.secure else None,
+    )
+    return begun if admitted.study.privacy.mode == "none" else _pay(site, begun)
+
+
+def _pay(site: LocalSite, begun: Round) -> Round:
+    """Reserve the price of a private round, unless what was paid for before is sent again."""
+    study, number = begun.admitted.study, begun.number
+    asked = digest(begun.parameters.tobytes())
+    budget = site.budget(begun.admitted)
+    kept = site.outbox(study).newest()
+    settled = site.ledger.settled_digest(study=study.hash, round_number=number)
+    if kept is not None and (kept.round_number, kept.asked) == (number, asked):
+        sent = digest(kept.update.tobytes())
+        if sent == settled:
+            return replace(begun, again=kept.update)
+        unsettled = budget.begun(number)
+        if unsettled is not None:
+            return replace(begun, reservation=unsettled, again=kept.update)
+    if settled is not None:
+        if site.simulated:
+            # The seed gives the same bytes again, so that nothing need be kept of them.
+            return replace(begun, expected=settled)
+        raise UpdateRejected(site="coordinator", reason=_ANSWERED.format(number))
+    return replace(begun, asked=asked, reservation=budget.reserve_round(number))
+
+
+def finish_round(site: LocalSite, begun: Round, update: Vector) -> Payload:
+    """Keep and settle an update; then it may leave.
+
+    Raises:
+        UpdateRejected: The round was answered before, with another update.
+    """
+    if begun.expected and digest(update.tobytes()) != begun.expected:
+        raise UpdateRejected(site="coordinator", reason=_ANSWERED.format(begun.number))
+    if begun.reservation is not None:
+        if begun.again is None:
+            outbox = site.outbox(begun.admitted.study)
+            outbox.keep(Kept(begun.number, begun.asked, update))
+        site.ledger.settle(begun.reservation, update_digest=digest(update.tobytes()))
+    if begun.masked is not None:
+        return begun.masked.mask(update, weight=begun.admitted.plan.weight)
+    return Payload({"site": site.name, "round": begun.number}, {"update": update})
 
 
 def evaluate_release(site: LocalSite, request: Payload) -> Payload:
@@ -112,6 +200,19 @@ def take_release(site: LocalSite, request: Payload) -> Payload:
     Raises:
         ReleaseRejected, SignatureInvalid: It was not taken; the store is as it was.
     """
+    store = site.file.parent / site.site.serving.store
+    return Payload({"site": site.name, "version": verify_release(site, request, store=store)})
+
+
+def verify_release(site: LocalSite, request: Payload, *, store: Path) -> int:
+    """Hold a release against the publisher that the site pinned, and put it into a store.
+
+    Returns:
+        Its version.
+
+    Raises:
+        ReleaseRejected, SignatureInvalid: It was not taken; the store is as it was.
+    """
     pinned = site.site.serving.publisher
     if pinned is None:
         raise AdmissionRefused(
@@ -128,9 +229,8 @@ def take_release(site: LocalSite, request: Payload) -> Payload:
             key="[serving] publisher",
         ) from error
     files = {name: array.tobytes() for name, array in request.arrays.items()}
-    store = site.file.parent / site.site.serving.store
     release = receive_release(files, store=store, trusted=PublicIdentity.from_pem(pem))
-    return Payload({"site": site.name, "version": release.signature.version})
+    return int(release.signature.version)
 
 
 def evaluate_model(task: Task, model: nn.Module, examples: Examples) -> Sums:
@@ -139,52 +239,6 @@ def evaluate_model(task: Task, model: nn.Module, examples: Examples) -> Sums:
     with torch.no_grad():
         outputs = model(torch.from_numpy(np.asarray(examples.features)))
     return task.metrics(outputs, torch.from_numpy(np.asarray(examples.labels)))
-
-
-def _train(
-    site: LocalSite, task: Task, model: nn.Module, admitted: Admitted, round_number: int
-) -> Vector:
-    study = admitted.study
-    training, _ = site.examples(task, study)
-    plan = training_plan(study, admitted.plan)
-    noise = site.source(study, "train", round_number)
-    return train(model, task.loss, training, plan=plan, noise=noise).update
-
-
-def _train_privately(
-    site: LocalSite,
-    task: Task,
-    model: nn.Module,
-    admitted: Admitted,
-    *,
-    round_number: int,
-    asked: str,
-) -> Vector:
-    """Reserve, train, keep, settle, in this order: a crash overstates the loss, never understates.
-
-    A coordinator that lost the answer gets the same bytes again. One that asks a round anew for
-    another model is refused: it would learn twice for the price of once.
-    """
-    budget, outbox = site.budget(admitted), site.outbox(admitted.study)
-    kept = outbox.newest()
-    settled = site.ledger.settled_digest(study=admitted.study.hash, round_number=round_number)
-    if kept is not None and (kept.round_number, kept.asked) == (round_number, asked):
-        sent = digest(kept.update.tobytes())
-        if sent == settled:
-            return kept.update
-        begun = budget.begun(round_number)
-        if begun is not None:
-            site.ledger.settle(begun, update_digest=sent)
-            return kept.update
-    if settled is not None:
-        raise UpdateRejected(
-            site="coordinator", reason=f"round {round_number} was answered here already"
-        )
-    reservation = budget.reserve_round(round_number)
-    update = _train(site, task, model, admitted, round_number)
-    outbox.keep(Kept(round_number, asked, update))
-    site.ledger.settle(reservation, update_digest=digest(update.tobytes()))
-    return update
 
 
 def _release_privately(site: LocalSite, admitted: Admitted, exact: Sums, asked: str) -> Sums:

@@ -1,7 +1,7 @@
 """The Flower ClientApp: moves bytes between Flower and the local site."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
 
@@ -19,72 +19,52 @@ SIMULATED_SITES = "FEDWARD_SIMULATED_SITES"
 Runtime, which gives a node only its number. The process that simulates sets it; a coordinator
 cannot."""
 
-app = ClientApp()
+
+Act = Callable[[LocalSite, Payload], Payload]
+
+_TRAIN: Mapping[str, Act] = {
+    "update": train_round,
+    "key": secure.send_key,
+    "share": secure.send_shares,
+    "shares": secure.send_later_shares,
+    "confirm": secure.confirm,
+    "unmask": secure.unmask,
+}
+_QUERY: Mapping[str, Act] = {"admit": admit_study, "publish": take_release}
+_EVALUATE: Mapping[str, Act] = {"metrics": evaluate_release}
 
 
-@app.query("admit")
-def admit(message: Message, context: Context) -> Message:
-    """Hold the study against the site's policy and budget."""
-    return _answer(message, context, admit_study)
+def make_app(open_site: Callable[[Context], LocalSite]) -> ClientApp:
+    """A ClientApp that answers for the site that `open_site` finds for a node."""
+    made = ClientApp()
+
+    def answering(act: Act) -> Callable[[Message, Context], Message]:
+        def answer(message: Message, context: Context) -> Message:
+            try:
+                reply = act(open_site(context), unpack(message.content, sender="coordinator"))
+            except FedwardError as error:
+                reply = refusal(error)
+            return Message(pack(reply), reply_to=message)
+
+        return answer
+
+    for action, act in _QUERY.items():
+        made.query(action)(answering(act))
+    for action, act in _TRAIN.items():
+        made.train(action)(answering(act))
+    for action, act in _EVALUATE.items():
+        made.evaluate(action)(answering(act))
+    return made
 
 
-@app.train("update")
-def train(message: Message, context: Context) -> Message:
-    """Train one round."""
-    return _answer(message, context, train_round)
+def refusal(error: FedwardError) -> Payload:
+    """What a site answers where it does not do what it was asked."""
+    return Payload({"refused": str(error), "kind": type(error).__name__})
 
 
-@app.train("key")
-def send_key(message: Message, context: Context) -> Message:
-    """Secure aggregation: this site's signed key."""
-    return _answer(message, context, secure.send_key)
-
-
-@app.train("share")
-def send_shares(message: Message, context: Context) -> Message:
-    """Secure aggregation: shares for the other sites."""
-    return _answer(message, context, secure.send_shares)
-
-
-@app.train("shares")
-def send_later_shares(message: Message, context: Context) -> Message:
-    """Secure aggregation: shares of later rounds."""
-    return _answer(message, context, secure.send_later_shares)
-
-
-@app.train("confirm")
-def confirm(message: Message, context: Context) -> Message:
-    """Secure aggregation: sign who survives."""
-    return _answer(message, context, secure.confirm)
-
-
-@app.train("unmask")
-def unmask(message: Message, context: Context) -> Message:
-    """Secure aggregation: shares that unmask the sum."""
-    return _answer(message, context, secure.unmask)
-
-
-@app.evaluate("metrics")
-def evaluate(message: Message, context: Context) -> Message:
-    """Evaluate a model on held-out patients."""
-    return _answer(message, context, evaluate_release)
-
-
-@app.query("publish")
-def accept_release(message: Message, context: Context) -> Message:
-    """Take a release into the store."""
-    return _answer(message, context, take_release)
-
-
-def _answer(
-    message: Message, context: Context, act: Callable[[LocalSite, Payload], Payload]
-) -> Message:
-    try:
-        site = _open(str(_site_file(context)))
-        reply = act(site, unpack(message.content, sender="coordinator"))
-    except FedwardError as error:
-        reply = Payload({"refused": str(error), "kind": type(error).__name__})
-    return Message(pack(reply), reply_to=message)
+def open_site(context: Context) -> LocalSite:
+    """The site of a node, opened once a process."""
+    return _open(str(_site_file(context)))
 
 
 def _site_file(context: Context) -> Path:
@@ -104,3 +84,6 @@ def _site_file(context: Context) -> Path:
 @lru_cache(maxsize=4096)
 def _open(file: str) -> LocalSite:
     return LocalSite(Path(file))
+
+
+app = make_app(open_site)

@@ -15,7 +15,7 @@ import numpy as np
 from torch import nn
 
 from fedward.client.budget import Budget
-from fedward.client.outbox import Outbox
+from fedward.client.outbox import Keeper, Outbox
 from fedward.client.plan import SitePlan
 from fedward.client.sources import read_source, split
 from fedward.core.errors import AdmissionRefused, UpdateRejected
@@ -26,6 +26,7 @@ from fedward.core.site import Site, load_site
 from fedward.core.study import Study
 from fedward.core.toml import build
 from fedward.privacy.ledger import Ledger
+from fedward.privacy.ledger.simulated import take_out
 from fedward.privacy.mechanisms import NoiseSource, secure_source, simulated_source
 from fedward.privacy.secagg import SiteSession
 from fedward.strategies.strategy import Vector
@@ -52,14 +53,22 @@ class LocalSite:
         ConfigError: The site file is wrong.
     """
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, *, site: Site | None = None) -> None:
         self.file = file
-        self.site: Site = load_site(file)
+        self.site: Site = site or load_site(file)
         self.state = file.parent / self.site.site.state
-        self.state.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._admitted: dict[str, Admitted] = {}
         self._examples: dict[str, tuple[Examples, Examples]] = {}
         self.sessions: dict[str, SiteSession] = {}
+        self._sizes: dict[str, int] = {}
+        self._open_state()
+
+    def _open_state(self) -> None:
+        """Make the state folder; a simulated site's part of a common file is taken out into it."""
+        self.state.mkdir(parents=True, exist_ok=True, mode=0o700)
+        ledgers = self.site.site.ledgers
+        if self.simulated and ledgers is not None:
+            take_out(self.file.parent / ledgers, self.name, state=self.state)
 
     @property
     def name(self) -> str:
@@ -127,11 +136,11 @@ class LocalSite:
         """The private study's account in the ledger."""
         return Budget(self.site, admitted.study, admitted.plan, self.ledger)
 
-    def outbox(self, study: Study) -> Outbox:
+    def outbox(self, study: Study) -> Keeper:
         """The study's outbox."""
         return Outbox(self.state / "outbox" / f"{study.hash}.safetensors")
 
-    def metrics_outbox(self, study: Study) -> Outbox:
+    def metrics_outbox(self, study: Study) -> Keeper:
         """The outbox of the study's one release of metrics."""
         return Outbox(self.state / "outbox" / f"{study.hash}-metrics.safetensors")
 
@@ -165,18 +174,36 @@ class LocalSite:
         """
         task = get_task(study.study.task)
         model = task.model(study.model.name, **study.model.args)
-        expected = to_vector(model).shape
-        if parameters is None or parameters.dtype != np.float32 or parameters.shape != expected:
-            raise UpdateRejected(
-                site="coordinator", reason=f"its parameters are not float32 of shape {expected}"
-            )
-        from_vector(model, parameters)
+        from_vector(model, self.check_parameters(study, parameters))
         return task, model
+
+    def check_parameters(self, study: Study, parameters: Vector | None) -> Vector:
+        """Hold a coordinator's parameters against the study's model.
+
+        Raises:
+            UpdateRejected: They are not a vector of the model's size.
+        """
+        if study.hash not in self._sizes:
+            model = get_task(study.study.task).model(study.model.name, **study.model.args)
+            self._sizes[study.hash] = to_vector(model).size
+        size = self._sizes[study.hash]
+        if parameters is None or parameters.dtype != np.float32 or parameters.shape != (size,):
+            raise UpdateRejected(
+                site="coordinator", reason=f"its parameters are not float32 of shape {(size,)}"
+            )
+        return parameters
 
     def _split_key(self, study: Study) -> bytes:
         if self.simulated:
-            return hashlib.sha256(f"split/{study.study.seed}/{self.name}".encode()).digest()
+            # A patient who is at several simulated sites is on the same side at all of them.
+            shared = self.site.data.source == "embedded" and self.site.data.path is not None
+            return simulated_split_key(study, "" if shared else self.name)
         path = self.state / "split.key"
         if not path.exists():
             write_atomic(path, secrets.token_bytes(32), mode=0o600)
         return path.read_bytes()
+
+
+def simulated_split_key(study: Study, site: str) -> bytes:
+    """The key by which a simulated site holds patients out: of the study's seed."""
+    return hashlib.sha256(f"split/{study.study.seed}/{site}".encode()).digest()

@@ -6,6 +6,7 @@ The same bytes tell the coordinator nothing new, so to send them again costs no 
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
@@ -28,9 +29,21 @@ class Kept:
     update: Vector
 
 
+class Keeper(Protocol):
+    """Keeps a site's last update."""
+
+    def keep(self, kept: Kept) -> None:
+        """Replace what was kept."""
+        ...
+
+    def newest(self) -> Kept | None:
+        """What was kept last; None if there is nothing, or nothing whole."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Outbox:
-    """One study's outbox.
+    """One study's outbox on disk.
 
     Args:
         file: Where the update is kept.

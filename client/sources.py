@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
 
 from fedward.core.errors import ConfigError, DataError
 from fedward.core.site import Column, Site
@@ -71,7 +73,10 @@ def _read_embedded(site: Site, site_file: Path, task: Task) -> Table:
     if dataset is None or partition is None:
         raise ValueError("an embedded source names its data set and partition")
     try:
-        table = datasets.load(dataset, partition=partition)
+        if site.data.path is None:
+            table = datasets.load(dataset, partition=partition)
+        else:
+            table = datasets.pooled(dataset).take(_read_rows(site_file, site.data.path, partition))
     except ConfigError as error:
         raise ConfigError(error.problem, file=str(site_file), key=error.key) from error
     lacks = [f.name for f in task.schema.fields if f.name not in table.columns]
@@ -82,6 +87,17 @@ def _read_embedded(site: Site, site_file: Path, task: Task) -> Table:
             source=table.source,
         )
     return table
+
+
+def _read_rows(site_file: Path, path: str, partition: str) -> NDArray[np.intp]:
+    """Which rows of the pooled data set a simulated partition has."""
+    file = site_file.parent / path
+    try:
+        with safe_open(file, framework="numpy") as stream:
+            rows: NDArray[np.intp] = stream.get_tensor(partition)
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"has no rows of {partition}: {error}", source=str(file)) from error
+    return rows
 
 
 def _read_csv(site: Site, site_file: Path, schema: Schema) -> Table:

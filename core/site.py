@@ -16,12 +16,14 @@ class SiteSection(Section):
     """`[site]`: its name, the folder of its state (identity, ledger), and whether it is real.
 
     A `simulated` site draws sampling and noise from the study's seed, so that runs repeat; all
-    that it sends is stamped as not private. Only the site's own file can say so.
+    that it sends is stamped as not private. Only the site's own file can say so. `ledgers` is
+    the file in which many simulated sites' ledgers lie together.
     """
 
     name: Name
     state: str = "state"
     simulated: bool = False
+    ledgers: str | None = None
 
 
 class Column(Section):
@@ -38,6 +40,9 @@ class Column(Section):
 
 class DataSection(Section):
     """`[data]`: where the patients are.
+
+    Of an embedded data set a site is one natural `partition` or, where a `path` is given, those
+    patients that the file of a simulation's partition lists under that name.
 
     `public_size` is the number of patients as the hospital would print it in a brochure. Sample
     rates and weights are computed from it and never from the true, private count.

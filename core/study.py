@@ -4,6 +4,7 @@ One file, the same for every site and every runtime. A study's hash pins what a 
 it covers everything except `[simulation]` and `[publish]`, which change nothing at a site.
 """
 
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -127,19 +128,80 @@ class PublishSection(Section):
     key: str | None = None
 
 
+class Dropout(Section):
+    """Sites that do not answer in a round.
+
+    `independent`: each round each site is away with probability `rate`. `bursty`: away for spells
+    of `mean_length` rounds on average, `rate` of the rounds in all (Gilbert 1960's two states).
+    """
+
+    kind: Literal["independent", "bursty"] = "independent"
+    rate: float = Field(gt=0, lt=1)
+    mean_length: float = Field(default=4.0, ge=1)
+
+
+class Stragglers(Section):
+    """Time that sites take to answer, in virtual seconds: nobody waits for them.
+
+    A site's time has median `median`; its logarithm, or for `pareto` its tail, has `spread`. Who
+    takes longer than `deadline` is too late.
+    """
+
+    distribution: Literal["lognormal", "pareto", "exponential"] = "lognormal"
+    median: float = Field(default=30.0, gt=0)
+    spread: float = Field(default=1.0, gt=0)
+    deadline: float = Field(default=120.0, gt=0)
+
+
+class Malicious(Section):
+    """Sites that attack the model; `sites` is how many, or their names.
+
+    `scale` multiplies what sign-flip and backdoor send, and is the epsilon of ipm. A backdoor
+    marks `share` of the site's rows by setting feature `feature` to `value`.
+    """
+
+    attack: Literal["label-flip", "sign-flip", "alie", "ipm", "min-max", "backdoor"]
+    sites: int | Annotated[tuple[str, ...], Field(strict=False)] = 1
+    scale: float = Field(default=1.0, gt=0)
+    share: float = Field(default=0.5, gt=0, le=1)
+    feature: int = Field(default=0, ge=0)
+    value: float = 3.0
+
+
+class Resources(Section):
+    """What Ray gives a site, and where Ray is; by default on this machine."""
+
+    cpus: float = Field(default=1.0, gt=0)
+    gpus: float = Field(default=0.0, ge=0)
+    address: str | None = None
+    retries: int = Field(default=2, ge=0)
+
+
 class SimulationSection(Section):
     """`[simulation]`: ignored outside simulation.
 
-    `sites` is a pattern of site files beside the study; without it the task's embedded data are
-    partitioned. Sites in `leave_out` take no part.
+    `sites` is a pattern of site files beside the study; without it the embedded data (the task's,
+    or `dataset`) are spread by `partition` with `args`. Sites in `leave_out` take no part.
+    `durable` gives each site a ledger file of its own, flushed like a real one. `crash` is the
+    probability that a site crashes in the middle of a round; `coordinator_crash` the round in
+    which the coordinator does, to go on from its checkpoint.
     """
 
     sites: str | None = None
+    dataset: str | None = None
     leave_out: tuple[str, ...] = Field(default=(), strict=False)
     partition: str = "natural"
     args: Args = Field(default_factory=dict)
     runtime: Literal["in-process", "ray", "loopback"] = "in-process"
     engine: Literal["auto", "per-site", "vectorised"] = "auto"
+    device: str = "cpu"
+    durable: bool = False
+    resources: Resources = Field(default_factory=Resources)
+    dropout: Dropout | None = None
+    stragglers: Stragglers | None = None
+    malicious: Malicious | None = None
+    crash: float = Field(default=0.0, ge=0, lt=1)
+    coordinator_crash: int | None = Field(default=None, ge=1)
 
 
 class Study(Section):
@@ -163,7 +225,7 @@ class Study(Section):
             )
         return aggregation
 
-    @property
+    @cached_property
     def hash(self) -> str:
         """SHA-256 of what a site agrees to, 64 hexadecimal digits."""
         return digest_json(self.agreed())

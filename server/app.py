@@ -10,7 +10,7 @@ from fedward.core.identity import Identity
 from fedward.core.roster import load_roster
 from fedward.core.run import RunDirectory
 from fedward.core.study import load_study
-from fedward.server.channel import FlowerChannel
+from fedward.server.channel import Channel, FlowerChannel
 from fedward.server.rounds import Settings, coordinate
 
 app = ServerApp()
@@ -24,6 +24,11 @@ def main(grid: Grid, context: Context) -> None:
     the coordinator), `roster` (likewise, for secure aggregation), `sites` (how many to wait for),
     `deadline` (seconds for an answer).
     """
+    run_study(FlowerChannel(grid), context)
+
+
+def run_study(channel: Channel, context: Context) -> None:
+    """What the app does, over any channel; the run configuration is as in `main`."""
     config = context.run_config
     run = RunDirectory.open(Path(_text(config, "run")))
     settings = Settings(
@@ -35,7 +40,7 @@ def main(grid: Grid, context: Context) -> None:
     )
     try:
         coordinate(
-            FlowerChannel(grid),
+            channel,
             load_study(run.path / "study.toml"),
             run,
             settings=settings,

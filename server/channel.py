@@ -20,11 +20,19 @@ _FIRST_WAIT, _LONGEST_WAIT = 0.001, 0.25
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What one node answered: a payload, or why there is none."""
+    """What one node answered: a payload, or why there is none.
+
+    Attributes:
+        node_id: The node.
+        payload: Its answer.
+        problem: Why there is none.
+        lost: There is none because a process or the network failed, not because the site refused.
+    """
 
     node_id: int
     payload: Payload | None
     problem: str | None = None
+    lost: bool = False
 
 
 class Channel(Protocol):
@@ -82,7 +90,7 @@ class FlowerChannel:
                 yield early.pop(nodes[turn])
                 turn += 1
         for node in nodes[turn:]:
-            late = Reply(node, None, f"no answer within {deadline:g} s")
+            late = Reply(node, None, f"no answer within {deadline:g} s", lost=True)
             yield early.pop(node, late)
 
     def _arrivals(self, waiting: dict[str, int], *, until: float) -> Iterator[Reply]:
@@ -107,7 +115,7 @@ class FlowerChannel:
 def _read(message: Message, node: int) -> Reply:
     if message.has_error():
         reason = message.error.reason or f"error {message.error.code}"
-        return Reply(node, None, reason.strip().splitlines()[-1][:500])
+        return Reply(node, None, reason.strip().splitlines()[-1][:500], lost=True)
     try:
         payload = unpack(message.content, sender=f"node {node}")
     except UpdateRejected as error:

@@ -17,6 +17,7 @@ from flwr.supercore.task_identity import TaskIdentity
 NodeConfig = Mapping[str, str | int | float | bool]
 
 _TASK_ID = 1
+_AT_ONCE = 64
 
 
 class InProcessGrid(Grid):
@@ -55,7 +56,7 @@ class InProcessGrid(Grid):
             for number, config in enumerate(node_configs)
         }
         self._ids = itertools.count(1)
-        self._replies: dict[str, Message] = {}
+        self._waiting: dict[str, Message] = {}
 
     def set_run(self, run: Run) -> None:
         """Take another run's description."""
@@ -82,27 +83,35 @@ class InProcessGrid(Grid):
         return list(self._contexts)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Answer each message at once; the replies wait to be pulled."""
+        """Take messages in; each is answered when its reply is pulled."""
         identities = []
         for message in messages:
             identity = str(next(self._ids))
             # Flower's own in-memory grid sets this private field in the same way.
             message.metadata.__dict__["_message_id"] = identity
-            self._replies[identity] = self._answer(message)
+            self._waiting[identity] = message
             identities.append(identity)
         return identities
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """The replies to these messages that have not been pulled yet, in the order asked for."""
-        found = (self._replies.pop(identity, None) for identity in list(message_ids))
-        return [message for message in found if message is not None]
+        """Answer the first of these messages that wait, and reply in the order asked for.
+
+        A few at a time, so that memory does not hold a reply of every site at once.
+        """
+        found = (self._waiting.pop(identity, None) for identity in list(message_ids))
+        waiting = itertools.islice((message for message in found if message is not None), _AT_ONCE)
+        return [self._answer(message) for message in waiting]
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
-        """Push and pull; `timeout` is not needed where every answer is immediate."""
+        """Push and pull all; `timeout` is not needed where every answer is immediate."""
         del timeout
-        return self.pull_messages(self.push_messages(messages))
+        waiting = list(self.push_messages(messages))
+        replies: list[Message] = []
+        while len(replies) < len(waiting):
+            replies.extend(self.pull_messages(waiting))
+        return replies
 
     def _answer(self, message: Message) -> Message:
         node_id = message.metadata.dst_node_id

@@ -1,8 +1,10 @@
 """Sites for a run on one machine: a site file and a state folder each, below the run's folder."""
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from fedward.client.local_site import LocalSite
 from fedward.core.canonical import digest
@@ -11,13 +13,23 @@ from fedward.core.files import write_atomic
 from fedward.core.identity import Identity
 from fedward.core.roster import write_roster
 from fedward.core.run import RunDirectory
-from fedward.core.site import load_site
+from fedward.core.site import Site, load_site
 from fedward.core.study import Study
+from fedward.simulations.partitions import (
+    data_card,
+    draw_card,
+    make_partition,
+    read_rows,
+    write_rows,
+)
 from fedward.tasks import datasets
 from fedward.tasks.registry import get_task
+from fedward.tasks.task import Table
 
 PUBLISHER = Path("keys") / "publisher.pem"
-_LISTING, _ROSTER = "sites.txt", "roster.toml"
+LEDGERS = "ledgers.sqlite"
+_COMMENT = "# A simulated site: it draws from the study's seed, and nothing of it is private.\n"
+_LISTING, _ROSTER, _ROWS = "sites.txt", "roster.toml", "partition.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +42,7 @@ class Provisioned:
         publisher: The publisher's private key.
         registry: Folder of releases.
         roster: Every site's public identity.
+        known: What site files hold, of those that were made just now.
     """
 
     sites: tuple[Path, ...]
@@ -37,10 +50,23 @@ class Provisioned:
     publisher: Path
     registry: Path
     roster: Path
+    known: Mapping[Path, Site] = field(default_factory=dict)
+
+    def load(self) -> dict[Path, Site]:
+        """Every site file's content, in the order of node numbers."""
+        return {file: self.known.get(file) or load_site(file) for file in self.sites}
 
 
-def provision(run: RunDirectory, study: Study, *, study_file: Path) -> Provisioned:
+def provision(
+    run: RunDirectory, study: Study, *, study_file: Path, durable: bool = False
+) -> Provisioned:
     """Make the sites that the study's `[simulation]` asks for, or find what an earlier try made.
+
+    Args:
+        run: The run's folder.
+        study: The study.
+        study_file: Its file; paths are relative to it.
+        durable: Every site has a ledger file of its own.
 
     Raises:
         ConfigError: The study names no sites that can be had.
@@ -50,12 +76,13 @@ def provision(run: RunDirectory, study: Study, *, study_file: Path) -> Provision
     if not publisher.exists():
         Identity.generate_publisher().save(publisher)
     listing = folder / _LISTING
+    known: dict[Path, Site] = {}
     if not listing.exists():
-        files = (
-            _given_sites(study, study_file)
-            if study.simulation.sites is not None
-            else _embedded_sites(study, folder / "sites")
-        )
+        if study.simulation.sites is not None:
+            files = _given_sites(study, study_file)
+        else:
+            known = _embedded_sites(study, folder, durable=durable)
+            files = list(known)
         write_atomic(listing, "".join(f"{file}\n" for file in files))
     roster = folder / _ROSTER
     files = [Path(line) for line in listing.read_text(encoding="utf-8").splitlines()]
@@ -68,23 +95,42 @@ def provision(run: RunDirectory, study: Study, *, study_file: Path) -> Provision
         publisher=publisher,
         registry=folder / "registry",
         roster=roster,
+        known=known,
     )
 
 
-def data_fingerprints(sites: tuple[Path, ...]) -> dict[str, str]:
-    """SHA-256 of each simulated site's table, by site."""
+def data_fingerprints(sites: Mapping[Path, Site]) -> dict[str, str]:
+    """SHA-256 of each simulated site's table, by site.
+
+    Of a site of a partition: of the pooled table's fingerprint and its rows.
+    """
     prints = {}
-    for file in sites:
-        site = load_site(file)
-        if site.data.source == "embedded":
-            table = datasets.load(str(site.data.dataset), partition=str(site.data.partition))
-            columns = b"".join(
-                name.encode() + table.columns[name].tobytes() for name in sorted(table.columns)
-            )
-            prints[site.name] = digest("\n".join(table.patient_ids).encode() + columns)
+    pools: dict[str, bytes] = {}
+    rows: dict[Path, Mapping[str, Any]] = {}
+    for file, site in sites.items():
+        data, dataset = site.data, str(site.data.dataset)
+        if data.source != "embedded":
+            prints[site.name] = digest((file.parent / str(data.path)).read_bytes())
+        elif data.path is None:
+            table = datasets.load(dataset, partition=str(data.partition))
+            prints[site.name] = digest(_bytes_of(table))
         else:
-            prints[site.name] = digest((file.parent / str(site.data.path)).read_bytes())
+            if dataset not in pools:
+                pools[dataset] = digest(_bytes_of(datasets.pooled(dataset))).encode()
+            listing = file.parent / data.path
+            if listing not in rows:
+                rows[listing] = read_rows(listing)
+            prints[site.name] = digest(
+                pools[dataset] + rows[listing][str(data.partition)].tobytes()
+            )
     return prints
+
+
+def _bytes_of(table: Table) -> bytes:
+    columns = b"".join(
+        name.encode() + table.columns[name].tobytes() for name in sorted(table.columns)
+    )
+    return "\n".join(table.patient_ids).encode() + columns
 
 
 def _given_sites(study: Study, study_file: Path) -> list[Path]:
@@ -101,49 +147,76 @@ def _given_sites(study: Study, study_file: Path) -> list[Path]:
     return files
 
 
-def _embedded_sites(study: Study, folder: Path) -> list[Path]:
-    if study.simulation.partition != "natural":
-        raise ConfigError(
-            f'= "{study.simulation.partition}" is not known; allowed: natural',
-            file="study",
-            key="[simulation] partition",
-        )
+def _embedded_sites(study: Study, folder: Path, *, durable: bool) -> dict[Path, Site]:
     task = get_task(study.study.task)
-    files = []
-    for name, public_size in datasets.partitions(task.name).items():
+    dataset = study.simulation.dataset or task.name
+    path = None
+    if study.simulation.partition == "natural" and not study.simulation.args:
+        sizes = datasets.partitions(dataset)
+    else:
+        table = datasets.pooled(dataset)
+        label = task.schema.label.name
+        partition = make_partition(
+            table,
+            label=label,
+            kind=study.simulation.partition,
+            args=study.simulation.args,
+            seed=study.study.seed,
+        )
+        write_rows(partition, folder / _ROWS)
+        card = data_card(partition, table, label=label)
+        write_atomic(folder / "partition.json", json.dumps(card, indent=1) + "\n")
+        write_atomic(folder / "partition.svg", draw_card(card))
+        sizes = {name: len(rows) for name, rows in partition.rows.items()}
+        path = f"../{_ROWS}"
+    (folder / "sites").mkdir(parents=True, exist_ok=True)
+    made = {}
+    for name, public_size in sizes.items():
         if name in study.simulation.leave_out:
             continue
-        file = folder / f"{name}.toml"
-        write_atomic(file, _site_file(name, public_size, task.name, study))
-        files.append(file)
-    return files
+        values = _site_values(name, public_size, dataset, study, path=path, durable=durable)
+        file = folder / "sites" / f"{name}.toml"
+        # Not flushed: a power cut costs no more than a simulation begun anew.
+        file.write_text(_COMMENT + _toml(values), encoding="utf-8")
+        made[file] = Site.model_validate(values)
+    return made
 
 
-def _site_file(name: str, public_size: int, task: str, study: Study) -> str:
-    most = max(8.0, 2 * (study.privacy.epsilon or 0.0))
-    return f"""\
-# Made for a simulation: this site draws from the study's seed, and nothing of it is private.
-[site]
-name = {json.dumps(name)}
-state = {json.dumps(f"../state/{name}")}
-simulated = true
+def _site_values(
+    name: str, public_size: int, dataset: str, study: Study, *, path: str | None, durable: bool
+) -> dict[str, dict[str, Any]]:
+    site: dict[str, Any] = {"name": name, "state": f"../state/{name}", "simulated": True}
+    if not durable:
+        site["ledgers"] = f"../{LEDGERS}"
+    data: dict[str, Any] = {"source": "embedded", "dataset": dataset, "partition": name}
+    if path is not None:
+        data["path"] = path
+    return {
+        "site": site,
+        "data": {**data, "public_size": public_size},
+        "policy": {
+            "tasks": (study.study.task,),
+            "max_epsilon": max(8.0, 2 * (study.privacy.epsilon or 0.0)),
+            "delta": study.privacy.delta,
+            "min_sites": 1,
+            "require_secure_aggregation": False,
+            "allow_no_privacy": True,
+            "roster": f"../{_ROSTER}",
+        },
+        "serving": {
+            "store": f"../stores/{name}",
+            "publisher": f"../{PUBLISHER.as_posix()}.pub",
+        },
+    }
 
-[data]
-source = "embedded"
-dataset = {json.dumps(task)}
-partition = {json.dumps(name)}
-public_size = {public_size}
 
-[policy]
-tasks = [{json.dumps(study.study.task)}]
-max_epsilon = {most}
-delta = {study.privacy.delta}
-min_sites = 1
-require_secure_aggregation = false
-allow_no_privacy = true
-roster = {json.dumps(f"../{_ROSTER}")}
+def _toml(values: Mapping[str, Mapping[str, Any]]) -> str:
+    """Tables of strings, numbers, booleans and lists of strings, whose JSON form is TOML."""
+    return "\n".join(
+        f"[{table}]\n" + "".join(f"{key} = {_value(v)}\n" for key, v in entries.items())
+        for table, entries in values.items()
+    )
 
-[serving]
-store = {json.dumps(f"../stores/{name}")}
-publisher = {json.dumps(f"../{PUBLISHER.as_posix()}.pub")}
-"""
+
+def _value(value: Any) -> str:
+    return str(value) if isinstance(value, float) else json.dumps(value)

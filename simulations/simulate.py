@@ -9,18 +9,25 @@ from flwr.app import Context, RecordDict
 from flwr.common.constant import SUPERLINK_NODE_ID
 
 from fedward.client.answers import evaluate_model
-from fedward.client.app import app as client_app
-from fedward.client.local_site import LocalSite
+from fedward.client.app import make_app
 from fedward.core.errors import RunError
 from fedward.core.run import RunDirectory, manifest
 from fedward.core.study import Study, load_study
-from fedward.server.app import app as server_app
+from fedward.server.channel import FlowerChannel
 from fedward.server.checkpoint import load_checkpoint
 from fedward.server.outcome import summarise_sites
+from fedward.simulations.attacks import attack_success
+from fedward.simulations.channel import CohortChannel, MemoryChannel
+from fedward.simulations.faults import run_until_done, with_scenario
 from fedward.simulations.grid import InProcessGrid
-from fedward.simulations.provision import Provisioned, data_fingerprints, provision
+from fedward.simulations.provision import data_fingerprints, provision
+from fedward.simulations.scenarios import Scenario, make_scenario
+from fedward.simulations.sites import LocalSites, open_sites
 from fedward.tasks.parameters import from_vector
 from fedward.tasks.registry import get_task
+from fedward.tasks.task import add_sums
+
+_SHOWN_ALONE = 64
 
 Config = Mapping[str, str | int | float | bool]
 
@@ -44,13 +51,17 @@ def prepare_run(study_file: Path, path: Path, *, resume: bool = False) -> RunDir
     return run
 
 
-def simulate(study_file: Path, run: RunDirectory, *, runtime: str | None = None) -> dict[str, Any]:
+def simulate(
+    study_file: Path, run: RunDirectory, *, runtime: str | None = None, durable: bool = False
+) -> dict[str, Any]:
     """Run a study on this machine.
 
     Args:
         study_file: The study; relative paths in it are relative to it.
         run: A prepared run directory.
         runtime: "in-process", "ray" or "loopback"; by default what the study says.
+        durable: Give each site a ledger file of its own, flushed as a real site's is; on other
+            runtimes than in-process it is so anyway.
 
     Returns:
         What `metrics.json` holds. Its `metrics` are the researcher's exact view of the held-out
@@ -61,10 +72,16 @@ def simulate(study_file: Path, run: RunDirectory, *, runtime: str | None = None)
     """
     study = load_study(run.path / "study.toml")
     chosen = runtime or study.simulation.runtime
-    sites = provision(run, study, study_file=study_file)
-    run.write_json(
-        "manifest.json", manifest(study, data=data_fingerprints(sites.sites), runtime=chosen)
-    )
+    # A session of secure aggregation lies in the site's folder, beside its identity.
+    durable = durable or study.simulation.durable or study.aggregation.secure
+    durable = durable or chosen != "in-process"
+    sites = provision(run, study, study_file=study_file, durable=durable)
+    files = sites.load()
+    run.write_json("manifest.json", manifest(study, data=data_fingerprints(files), runtime=chosen))
+    scenario = make_scenario(study, sorted(site.name for site in files.values()))
+    if scenario.malicious:
+        attack = study.simulation.malicious
+        run.event("malicious", sites=sorted(scenario.malicious), attack=attack and attack.attack)
     config: Config = {
         "run": str(run.path.resolve()),
         "registry": str(sites.registry),
@@ -72,26 +89,32 @@ def simulate(study_file: Path, run: RunDirectory, *, runtime: str | None = None)
         "sites": len(sites.sites),
         "roster": str(sites.roster) if study.aggregation.secure else "",
     }
-    if chosen == "in-process":
-        run_in_process(sites, config)
-    elif chosen == "ray":
-        from fedward.simulations.ray import run_on_ray
+    with open_sites(run, files, scenario) as local:
+        if chosen == "in-process":
+            run_in_process(run, study, local, scenario, config)
+        elif chosen == "ray":
+            from fedward.simulations.ray import run_on_ray
 
-        run_on_ray(sites, config, run=run)
-    else:
-        from fedward.simulations.loopback import run_on_loopback
+            run_on_ray(sites, config, run=run, study=study, scenario=scenario)
+        else:
+            from fedward.simulations.loopback import run_on_loopback
 
-        run_on_loopback(sites, config, run=run)
-    return _with_exact_metrics(run, study, sites)
+            run_on_loopback(sites, config, run=run)
+        return _with_exact_metrics(run, study, local, scenario)
 
 
-def run_in_process(sites: Provisioned, config: Config) -> None:
+def run_in_process(
+    run: RunDirectory, study: Study, sites: LocalSites, scenario: Scenario, config: Config
+) -> None:
     """Run both apps in this process."""
-    grid = InProcessGrid(
-        client_app, [{"site": str(file)} for file in sites.sites], run_config=config
-    )
+    client_app = make_app(lambda context: sites[Path(str(context.node_config["site"]))])
+    grid = InProcessGrid(client_app, [{"site": str(file)} for file in sites], run_config=config)
+    nodes = dict(zip(grid.get_node_ids(), sites.values(), strict=True))
+    cohort = CohortChannel(FlowerChannel(grid), nodes, study=study, log=run.event)
+    kept = MemoryChannel(cohort, nodes, keep=sites.keep)
     context = Context(grid.run.run_id, SUPERLINK_NODE_ID, {}, RecordDict(), dict(config))
-    server_app(grid, context)
+    run_until_done(with_scenario(kept, scenario, run), context, run)
+    sites.keep()
 
 
 def released_parameters(run: RunDirectory, study: Study) -> Any:
@@ -102,22 +125,33 @@ def released_parameters(run: RunDirectory, study: Study) -> Any:
     return checkpoint.average.released(checkpoint.state.parameters)
 
 
-def _with_exact_metrics(run: RunDirectory, study: Study, sites: Provisioned) -> dict[str, Any]:
+def _with_exact_metrics(
+    run: RunDirectory, study: Study, sites: LocalSites, scenario: Scenario
+) -> dict[str, Any]:
     result = run.read_json("metrics.json")
     task = get_task(study.study.task)
     model = task.model(study.model.name, **study.model.args)
     from_vector(model, released_parameters(run, study))
-    sums = {}
-    for file in sites.sites:
-        site = LocalSite(file)
-        _, held_out = site.examples(task, study)
-        sums[site.site.name] = evaluate_model(task, model, held_out)
-    coarse = {
-        site: {name: np.asarray(a).tolist() for name, a in task.private_metrics(part).items()}
-        for site, part in sums.items()
-    }
-    run.write_json("evaluation.json", coarse)
+    held_out = {site.name: site.examples(task, study)[1] for site in sites.values()}
+    sums = {name: evaluate_model(task, model, examples) for name, examples in held_out.items()}
+    coarse = {name: task.private_metrics(part) for name, part in sums.items()}
+    if len(coarse) > _SHOWN_ALONE:
+        coarse = {"all sites": add_sums(coarse.values())}
+    run.write_json(
+        "evaluation.json",
+        {
+            site: {name: np.asarray(a).tolist() for name, a in part.items()}
+            for site, part in coarse.items()
+        },
+    )
     result["reported"] = result["metrics"]
     result["metrics"] = summarise_sites(task, sums)
+    if scenario.has_trigger:
+        triggered = [
+            evaluate_model(task, model, scenario.trigger(examples))
+            for examples in held_out.values()
+            if len(examples)
+        ]
+        result["metrics"]["backdoor"] = attack_success(add_sums(triggered), add_sums(sums.values()))
     run.write_json("metrics.json", result)
     return result

@@ -61,6 +61,11 @@ class FlatOptimizer:
         denominator = (second.sqrt() / scale).add_(_EPS)
         parameters.addcdiv_(first, denominator, value=-learning_rate / (1 - _BETA1**self._steps))
 
+    def keep(self, rows: int) -> None:
+        """Go on with the first `rows` rows of stacked parameters alone."""
+        self._parameters = self._parameters[:rows]
+        self._state = {name: value[:rows] for name, value in self._state.items()}
+
     def state(self) -> dict[str, NDArray[np.float32]]:
         """What a later `restore` needs, as arrays."""
         return {name: value.detach().cpu().numpy().copy() for name, value in self._state.items()}

@@ -115,17 +115,16 @@ class PoissonSampler:
         features = self._features[rows].repeat_interleave(self.records, 0)
         return Batch(features, self._labels[rows], None, self.records)
 
-    def draw(self, noise: NoiseSource) -> Batch:
-        """Who takes part in the next step; nobody at all is an answer like any other."""
+    def choose(self, noise: NoiseSource) -> tuple[NDArray[np.int64], NDArray[np.bool_] | None]:
+        """Which rows the next step takes; nobody at all is an answer like any other.
+
+        Returns:
+            Row numbers, shape `(patients * records,)`, patient by patient, and which of them
+            count; None where all do.
+        """
         chosen = np.flatnonzero(noise.uniform(self.num_units) < self._rate)
         if self._single:
-            rows = torch.from_numpy(chosen)
-            return Batch(
-                self._features.index_select(0, rows), self._labels.index_select(0, rows), None, 1
-            )
-        return self._several(chosen, noise)
-
-    def _several(self, chosen: NDArray[np.int64], noise: NoiseSource) -> Batch:
+            return chosen, None
         order = self._order
         if self._choose:
             # One draw a record, whoever is chosen: the number of draws tells nothing.
@@ -137,8 +136,24 @@ class PoissonSampler:
         present = column < counts[:, None]
         # A patient without records (counts 0) would read a neighbour's row: mask 0, row 0.
         position = self._starts[chosen][:, None] + np.where(present, column, 0)
-        rows = torch.from_numpy(order[np.minimum(position, len(order) - 1)].ravel())
-        mask = torch.from_numpy(present.ravel().astype(np.float32)).to(self._features.device)
+        return order[np.minimum(position, len(order) - 1)].ravel(), present.ravel()
+
+    @property
+    def certain(self) -> bool:
+        """Whether every step takes every row, one a patient, whatever is drawn."""
+        return self._rate == 1 and self.records == 1 and (self._single or not self._choose)
+
+    def everyone(self) -> NDArray[np.int64]:
+        """What `choose` gives where it is `certain`, without a draw."""
+        return np.arange(self.num_units) if self._single else self._order
+
+    def draw(self, noise: NoiseSource) -> Batch:
+        """The records of those who take part in the next step."""
+        chosen, present = self.choose(noise)
+        rows = torch.from_numpy(chosen)
+        mask = None
+        if present is not None:
+            mask = torch.from_numpy(present.astype(np.float32)).to(self._features.device)
         return Batch(
             self._features.index_select(0, rows),
             self._labels.index_select(0, rows),

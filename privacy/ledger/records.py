@@ -108,15 +108,21 @@ class Entry:
 
 
 def write_row(
-    kind: Kind, content: dict[str, Any], *, seq: int, previous: str, identity: Identity
+    kind: Kind,
+    content: dict[str, Any],
+    *,
+    seq: int,
+    previous: str,
+    identity: Identity,
+    time: datetime | None = None,
 ) -> Row:
-    """Make the next entry, signed."""
+    """Make the next entry, signed; `time` is now unless it happened before."""
     body = canonical_json(
         {
             "format": FORMAT,
             "seq": seq,
             "previous": previous,
-            "time": datetime.now(UTC).isoformat(timespec="microseconds"),
+            "time": (time or datetime.now(UTC)).isoformat(timespec="microseconds"),
             "kind": kind,
             **content,
         }

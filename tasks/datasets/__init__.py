@@ -1,7 +1,10 @@
 """Public data sets that installed packages carry, by name, with their natural hospitals."""
 
 import importlib
+from functools import cache
 from typing import Protocol, cast
+
+import numpy as np
 
 from fedward.core.errors import ConfigError
 from fedward.tasks.task import Table
@@ -29,6 +32,26 @@ def partitions(dataset: str) -> dict[str, int]:
     return dict(_find(dataset).PUBLIC_SIZES)
 
 
+@cache
+def pooled(dataset: str) -> Table:
+    """All partitions of a data set as one table, in order; ids are "partition/id".
+
+    Raises as `load`.
+    """
+    tables = {name: load(dataset, partition=name) for name in _find(dataset).PUBLIC_SIZES}
+    first = next(iter(tables.values()))
+    return Table(
+        source=dataset,
+        patient_ids=tuple(
+            f"{name}/{patient_id}" for name, t in tables.items() for patient_id in t.patient_ids
+        ),
+        columns={
+            column: np.concatenate([table.columns[column] for table in tables.values()])
+            for column in first.columns
+        },
+    )
+
+
 def load(dataset: str, *, partition: str) -> Table:
     """One partition of a data set, validated.
 
@@ -48,6 +71,8 @@ def load(dataset: str, *, partition: str) -> Table:
 
 
 def _find(dataset: str) -> _Dataset:
+    if ":" in dataset:
+        return _load_other(dataset)
     if dataset not in _MODULES:
         raise ConfigError(
             f'= "{dataset}" is not an embedded data set; allowed: {", ".join(_MODULES)}',
@@ -55,3 +80,17 @@ def _find(dataset: str) -> _Dataset:
             key="[data] dataset",
         )
     return cast("_Dataset", importlib.import_module(_MODULES[dataset]))
+
+
+def _load_other(dataset: str) -> _Dataset:
+    """The data set "package.module:Attribute" of an installed package."""
+    module_name, _, attribute = dataset.partition(":")
+    try:
+        found = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(
+            f'= "{dataset}" cannot be loaded: {error}; install its package',
+            file="site",
+            key="[data] dataset",
+        ) from error
+    return cast("_Dataset", found)

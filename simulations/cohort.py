@@ -1,0 +1,309 @@
+"""The vectorised cohort: many small sites train as one batched computation.
+
+The same sampler, the same draws in the same order from each site's own source, the same clipping
+and the same optimizer as `client.training.train`, with one more axis: the site. Ragged data are
+padded, and rows that pad are masked. The two paths agree up to the rounding of float32.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fedward.client.training.bookkeeping import Loss
+from fedward.client.training.clippers import Clipper, Plain
+from fedward.client.training.loop import LocalResult, event_of
+from fedward.client.training.modes import choose_mode, make_clipper
+from fedward.client.training.optimizers import FlatOptimizer
+from fedward.client.training.plan import NotPrivate, Private, TrainingPlan
+from fedward.client.training.sampler import Batch, PoissonSampler
+from fedward.privacy.mechanisms.noise import NoiseSource, add_noise
+from fedward.simulations.stacked import StackedBatch, StackedSum, make_stacked_sum
+from fedward.strategies.strategy import Vector
+from fedward.tasks.task import Examples
+
+_STACK_BYTES = 8 * 2**20  # of parameters and batches of a stack: what a processor's cache holds
+
+
+@dataclass(frozen=True, slots=True)
+class CohortSite:
+    """A site in a cohort.
+
+    Attributes:
+        examples: Its training records.
+        plan: What it does in a round.
+    """
+
+    examples: Examples
+    plan: TrainingPlan
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One site's part of a round.
+
+    Attributes:
+        site: Its number in the cohort.
+        noise: Makes its one source of sampling and noise; called at most once.
+    """
+
+    site: int
+    noise: Callable[[], NoiseSource]
+
+
+class Cohort:
+    """Sites that train one model.
+
+    Args:
+        model: The model; its parameters do not matter, and are left alone.
+        loss: One value an example.
+        sites: At least one. Their plans differ in sample rate, steps, batch size and noise only.
+        device: Where the arithmetic is done.
+
+    Raises:
+        ValueError: The plans differ in more, or the model cannot be stacked.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss,
+        sites: Sequence[CohortSite],
+        *,
+        device: torch.device | None = None,
+    ) -> None:
+        self._device = device or torch.device("cpu")
+        self._model, self._loss = model.to(self._device), loss
+        self._plans = [site.plan for site in sites]
+        self._plan = _common(self._plans)
+        self._parameters = list(model.parameters())
+        self._size = sum(p.numel() for p in self._parameters if p.requires_grad)
+        self._samplers = [
+            PoissonSampler(
+                site.examples.features,
+                site.examples.labels,
+                site.examples.units,
+                sample_rate=site.plan.sample_rate,
+                max_records=site.plan.max_records,
+                device=torch.device("cpu"),
+            )
+            for site in sites
+        ]
+        self._records = max(sampler.records for sampler in self._samplers)
+        self._starts = np.cumsum([0] + [len(site.examples.labels) for site in sites])
+        self._padding = int(self._starts[-1])  # one row of zeros after all others
+        self._features = self._pile([site.examples.features for site in sites])
+        self._labels = self._pile([site.examples.labels for site in sites])
+        self._sum = self._make_sum()
+
+    def _pile(self, arrays: Sequence[NDArray[np.generic]]) -> Tensor:
+        zero = np.zeros_like(arrays[0], shape=(1, *arrays[0].shape[1:]))
+        return torch.from_numpy(np.concatenate([*arrays, zero])).to(self._device)
+
+    def _make_sum(self) -> StackedSum:
+        guarantee = self._plan.guarantee
+        return make_stacked_sum(
+            self._model,
+            self._loss,
+            self._features[-1:].expand(self._records, *self._features.shape[1:]),
+            clip_norm=guarantee.clip_norm if isinstance(guarantee, Private) else None,
+            records=self._records,
+        )
+
+    def train(self, parameters: Vector, turns: Sequence[Turn]) -> Iterator[LocalResult]:
+        """Train from `parameters`; results come in the order of `turns`."""
+        flat = self._trained(parameters)
+        results: dict[int, LocalResult] = {}
+        # Sites that are alike go together: less padding, and they end at the same step.
+        order = sorted(range(len(turns)), key=lambda number: self._order_of(turns[number]))
+        for stack in self._stacks(order, turns):
+            done = self._train_stack(flat, [turns[number] for number in stack])
+            results.update(zip(stack, done, strict=True))
+        for number in range(len(turns)):
+            yield results.pop(number)
+
+    def _order_of(self, turn: Turn) -> tuple[int, float]:
+        plan = self._plans[turn.site]
+        return -plan.steps, -self._rows_of(turn)
+
+    def _rows_of(self, turn: Turn) -> float:
+        sampler = self._samplers[turn.site]
+        return self._plans[turn.site].sample_rate * sampler.num_units * self._records
+
+    def _stacks(self, order: Sequence[int], turns: Sequence[Turn]) -> Iterator[list[int]]:
+        """Cut `order` so that a stack fits its share of memory."""
+        row = math.prod(self._features.shape[1:]) * 4
+        stack: list[int] = []
+        largest = 0.0
+        for number in order:
+            largest = max(largest, self._rows_of(turns[number]))
+            # Parameters, gradients, noise; a batch and what the layers make of it.
+            each = 16 * self._size + 4 * row * largest
+            if stack and (len(stack) + 1) * each > _STACK_BYTES:
+                yield stack
+                stack, largest = [], self._rows_of(turns[number])
+            stack.append(number)
+        if stack:
+            yield stack
+
+    def _trained(self, parameters: Vector) -> Tensor:
+        pieces = torch.split(
+            torch.from_numpy(parameters.copy()), [p.numel() for p in self._parameters]
+        )
+        for p, piece in zip(self._parameters, pieces, strict=True):
+            if not p.requires_grad:
+                p.data.copy_(piece.view_as(p))
+        kept = [piece for p, piece in zip(self._parameters, pieces, strict=True) if p.requires_grad]
+        return torch.cat(kept).to(self._device)
+
+    def _train_stack(self, flat: Tensor, turns: Sequence[Turn]) -> list[LocalResult]:
+        plan, plans = self._plan, [self._plans[turn.site] for turn in turns]
+        private = isinstance(plan.guarantee, Private)
+        everyone = all(self._samplers[turn.site].certain for turn in turns)
+        # Where everybody always takes part and nothing is added, there is nothing to draw.
+        sources = None if everyone and not private else [turn.noise() for turn in turns]
+        stacked = flat.repeat(len(turns), 1)
+        optimizer = FlatOptimizer(
+            stacked,
+            optimizer=plan.optimizer,
+            momentum=plan.momentum,
+            weight_decay=plan.weight_decay,
+        )
+        divisors = torch.tensor([p.expected_batch_size for p in plans]).to(self._device)
+        sanitised = np.zeros(len(turns), np.int64)
+        active = len(turns)
+        for step in range(plans[0].steps):
+            while plans[active - 1].steps <= step:
+                active -= 1
+            optimizer.keep(active)
+            now = turns[:active]
+            total = self._sums(stacked[:active], now, sources, sanitised)
+            if private and sources is not None:
+                total = self._noised(total, plans[:active], sources)
+            total /= divisors[:active, None]
+            optimizer.step(total, learning_rate=plan.learning_rate_at(step))
+        updates = (stacked - flat).float().cpu().numpy()
+        return [
+            LocalResult(self._whole(update), p.steps, event_of(p), int(bad))
+            for update, p, bad in zip(updates, plans, sanitised, strict=True)
+        ]
+
+    def _sums(
+        self,
+        stacked: Tensor,
+        turns: Sequence[Turn],
+        sources: Sequence[NoiseSource] | None,
+        sanitised: NDArray[np.int64],
+    ) -> Tensor:
+        rows, mask = self._choose(turns, sources)
+        if not rows.size:
+            return torch.zeros_like(stacked)
+        index = torch.from_numpy(rows).to(self._device)
+        batch = StackedBatch(
+            self._features[index],
+            self._labels[index],
+            torch.from_numpy(mask).to(self._device),
+            self._records,
+        )
+        with torch.no_grad():
+            total, finite = self._sum(stacked, batch)
+            if not bool(finite.all()):
+                for number in torch.nonzero(~finite).flatten().tolist():
+                    total[number], bad = self._alone(stacked[number], batch, number)
+                    sanitised[number] += bad
+        return total
+
+    def _choose(
+        self, turns: Sequence[Turn], sources: Sequence[NoiseSource] | None
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Rows of the pile, shape `(sites, rows)`, and which of them count."""
+        chosen: list[tuple[NDArray[np.int64], NDArray[np.bool_] | None]]
+        if sources is None:
+            chosen = [(self._samplers[turn.site].everyone(), None) for turn in turns]
+        else:
+            chosen = [
+                self._samplers[turn.site].choose(source)
+                for turn, source in zip(turns, sources, strict=False)
+            ]
+        widest = max(
+            len(rows) // self._samplers[turn.site].records
+            for turn, (rows, _) in zip(turns, chosen, strict=True)
+        )
+        shape = (len(turns), widest, self._records)
+        index = np.full(shape, self._padding, np.int64)
+        mask = np.zeros(shape, np.float32)
+        for number, (turn, (rows, present)) in enumerate(zip(turns, chosen, strict=True)):
+            records = self._samplers[turn.site].records
+            patients = len(rows) // records
+            begin = self._starts[turn.site]
+            index[number, :patients, :records] = (rows + begin).reshape(patients, records)
+            counted = np.ones(1, np.bool_) if present is None else present
+            mask[number, :patients, :records] = counted.reshape(-1, records)
+        return index.reshape(len(turns), -1), mask.reshape(len(turns), -1)
+
+    def _noised(
+        self, total: Tensor, plans: Sequence[TrainingPlan], sources: Sequence[NoiseSource]
+    ) -> Tensor:
+        """Every site's sum with that site's noise; afterwards nothing looks at a patient."""
+        sums = total.cpu().numpy()
+        for number, (plan, source) in enumerate(zip(plans, sources, strict=False)):
+            if isinstance(plan.guarantee, Private):
+                std = plan.guarantee.noise_multiplier * plan.guarantee.clip_norm
+                sums[number] = add_noise(sums[number], std=std, source=source)
+        return torch.from_numpy(sums).to(self._device)
+
+    def _alone(self, flat: Tensor, batch: StackedBatch, number: int) -> tuple[Tensor, int]:
+        """One site's step by the code of a single site, which leaves out what is not finite."""
+        start = 0
+        for p in self._parameters:
+            if p.requires_grad:
+                p.data.copy_(flat[start : start + p.numel()].view_as(p))
+                start += p.numel()
+        mask = batch.mask[number]
+        whole = mask.view(-1, batch.records).amax(1) > 0
+        alone = Batch(batch.features[number], batch.labels[number], mask, batch.records)
+        guarantee = self._plan.guarantee
+        trained = [p for p in self._parameters if p.requires_grad]
+        clipper: Clipper = Plain(self._model, self._loss, trained)
+        clip_norm = math.inf
+        if isinstance(guarantee, Private):
+            mode = choose_mode(self._model, batch_size=1.0, records=batch.records)
+            clipper = make_clipper(self._model, self._loss, trained, mode=mode)
+            clip_norm = guarantee.clip_norm
+        try:
+            clipped = clipper(alone.only(whole), clip_norm=clip_norm)
+            return clipped.total.clone(), clipped.sanitised
+        finally:
+            clipper.close()
+
+    def _whole(self, update: Vector) -> Vector:
+        """Zeros where a parameter is frozen."""
+        if all(p.requires_grad for p in self._parameters):
+            return update
+        whole, start, begin = np.zeros(sum(p.numel() for p in self._parameters), np.float32), 0, 0
+        for p in self._parameters:
+            if p.requires_grad:
+                whole[start : start + p.numel()] = update[begin : begin + p.numel()]
+                begin += p.numel()
+            start += p.numel()
+        return whole
+
+
+def _common(plans: Sequence[TrainingPlan]) -> TrainingPlan:
+    """The first plan, which stands for what all have in common."""
+
+    def shared(plan: TrainingPlan) -> tuple[object, ...]:
+        guarantee = plan.guarantee
+        clip_norm = None if isinstance(guarantee, NotPrivate) else guarantee.clip_norm
+        return (
+            plan.optimizer, plan.learning_rate, plan.momentum, plan.weight_decay, clip_norm,
+            plan.schedule, plan.schedule_steps, plan.first_step,
+        )  # fmt: skip
+
+    if len({shared(plan) for plan in plans}) != 1:
+        raise ValueError("sites of one cohort differ in more than sample rate, steps and noise")
+    return plans[0]

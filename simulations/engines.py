@@ -1,0 +1,66 @@
+"""Which engine trains a simulation's sites, and why."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from fedward.core.errors import ConfigError
+from fedward.core.study import Study
+from fedward.simulations.stacked import fits
+
+Engine = Literal["per-site", "vectorised"]
+
+# Measured against site by site: below this many sites there is nothing to batch; above this many
+# parameters a site alone fills the processor. See benchmarks/simulation.py.
+_FEWEST_SITES = 8
+_MOST_PARAMETERS = 250_000
+_SLOW = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.RNNBase)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """An engine and the reason, for the log."""
+
+    engine: Engine
+    why: str
+
+
+def choose_engine(study: Study, model: nn.Module, *, sites: int) -> Choice:
+    """What the study asks for or, with "auto", what is faster for this model.
+
+    Raises:
+        ConfigError: The study asks for "vectorised" and the model cannot be stacked.
+    """
+    asked = study.simulation.engine
+    if asked == "per-site":
+        return Choice("per-site", "the study asks for it")
+    if not fits(model):
+        if asked == "vectorised":
+            raise ConfigError(
+                '= "vectorised" does not fit this model: it has layers that book-keeping does not '
+                'know; use engine = "auto" or "per-site"',
+                file="study",
+                key="[simulation] engine",
+            )
+        return Choice("per-site", "the model has layers that book-keeping does not know")
+    if asked == "vectorised":
+        return Choice("vectorised", "the study asks for it")
+    against = _against(model, sites=sites, device=study.simulation.device)
+    if against is not None:
+        return Choice("per-site", against)
+    return Choice("vectorised", f"{sites} sites as one batch are faster")
+
+
+def _against(model: nn.Module, *, sites: int, device: str) -> str | None:
+    """Why site by site is faster; None if it is not."""
+    if sites < _FEWEST_SITES:
+        return f"{sites} sites are too few to batch"
+    slow = sorted({type(m).__name__ for m in model.modules() if isinstance(m, _SLOW)})
+    if slow:
+        return f"{', '.join(slow)} is faster site by site"
+    size = sum(p.numel() for p in model.parameters())
+    if size > _MOST_PARAMETERS and torch.device(device).type != "cuda":
+        return f"sites of {size} parameters are faster one by one"
+    return None

@@ -1,0 +1,202 @@
+"""A scenario on the way between coordinator and sites: away, late, crashed, hostile."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+
+from flwr.app import Context
+
+from fedward.core.run import RunDirectory
+from fedward.server.app import run_study
+from fedward.server.channel import Channel, Reply
+from fedward.simulations.attacks import forge
+from fedward.simulations.channel import ADMIT, TRAIN, Log
+from fedward.simulations.scenarios import Scenario
+from fedward.strategies.strategy import Vector
+from fedward.transport.payload import Payload
+
+_ON_THE_UPDATE = {"sign-flip", "alie", "ipm", "min-max", "backdoor"}
+
+
+class CoordinatorCrashed(Exception):
+    """The scenario's coordinator is gone; it goes on from its checkpoint.
+
+    Not one of Fedward's errors: a coordinator that crashes explains nothing.
+    """
+
+
+class RetryingChannel:
+    """A `Channel` that asks a node again if its process failed.
+
+    A site that paid for a round and did not finish it pays again, within its limit.
+
+    Args:
+        inner: What answers.
+        retries: How often to ask again.
+        log: Takes an event for each failure.
+    """
+
+    def __init__(self, inner: Channel, *, retries: int, log: Log) -> None:
+        self._inner, self._retries, self._log = inner, retries, log
+
+    def node_ids(self) -> list[int]:
+        """All nodes."""
+        return self._inner.node_ids()
+
+    def ask(
+        self, kind: str, payloads: Mapping[int, Payload], *, round_number: int, deadline: float
+    ) -> Iterator[Reply]:
+        """As `Channel`."""
+        for first in self._inner.ask(kind, payloads, round_number=round_number, deadline=deadline):
+            reply = first
+            for number in range(1, self._retries + 1):
+                if not reply.lost:
+                    break
+                self._log(
+                    "retried",
+                    round=round_number,
+                    node=str(reply.node_id),
+                    reason=f"try {number} of {self._retries} after: {reply.problem}",
+                )
+                again = {reply.node_id: payloads[reply.node_id]}
+                (reply,) = self._inner.ask(
+                    kind, again, round_number=round_number, deadline=deadline
+                )
+            yield reply
+
+
+class FaultyChannel:
+    """A `Channel` on which a scenario happens to training rounds.
+
+    Args:
+        inner: What answers.
+        scenario: What happens.
+        log: Takes an event for each thing that happens.
+        crashed: Rounds in which the coordinator has crashed already.
+    """
+
+    def __init__(
+        self,
+        inner: Channel,
+        scenario: Scenario,
+        *,
+        log: Log,
+        crashed: Callable[[], bool],
+    ) -> None:
+        self._inner, self._scenario = inner, scenario
+        self._names: dict[int, str] = {}
+        self._log, self._crashed = log, crashed
+
+    def node_ids(self) -> list[int]:
+        """All nodes."""
+        return self._inner.node_ids()
+
+    def ask(
+        self, kind: str, payloads: Mapping[int, Payload], *, round_number: int, deadline: float
+    ) -> Iterator[Reply]:
+        """As `Channel`. Sites that are away are not asked; those that crash or are late are."""
+        if kind != TRAIN:
+            for reply in self._inner.ask(
+                kind, payloads, round_number=round_number, deadline=deadline
+            ):
+                if kind == ADMIT and reply.payload is not None:
+                    self._names[reply.node_id] = str(reply.payload.record["terms"]["site"])
+                yield reply
+            return
+        there = {
+            node: payload
+            for node, payload in payloads.items()
+            if not self._scenario.dropped(self._names[node], round_number)
+        }
+        answers = self._inner.ask(kind, there, round_number=round_number, deadline=deadline)
+        replies = self._forged(answers, round_number)
+        half = len(there) // 2
+        slowest, answered = 0.0, 0
+        for node in payloads:
+            if node not in there:
+                yield self._lost(node, round_number, "dropped", "it cannot be reached")
+                continue
+            reply = next(replies)
+            answered += 1
+            if answered > half and self._coordinator_crashes(round_number):
+                raise CoordinatorCrashed(f"the coordinator crashed in round {round_number}")
+            slowest = max(slowest, self._waited(node, round_number))
+            yield self._passed(reply, round_number)
+        for _ in replies:
+            raise RuntimeError("more replies than sites")
+        if self._scenario.settings.stragglers is not None:
+            self._log("waited", round=round_number, virtual_seconds=round(slowest, 3))
+
+    def _passed(self, reply: Reply, round_number: int) -> Reply:
+        name = self._names[reply.node_id]
+        if self._scenario.crashes(name, round_number):
+            reason = "it crashed in the middle of the round"
+            return self._lost(reply.node_id, round_number, "crashed", reason)
+        seconds = self._scenario.seconds(name, round_number)
+        stragglers = self._scenario.settings.stragglers
+        if stragglers is not None and seconds > stragglers.deadline:
+            reason = f"it took {seconds:.0f} s of {stragglers.deadline:g}"
+            return self._lost(reply.node_id, round_number, "late", reason)
+        return reply
+
+    def _lost(self, node: int, round_number: int, what: str, reason: str) -> Reply:
+        self._log(what, round=round_number, site=self._names[node], reason=reason)
+        return Reply(node, None, f"{what}: {reason}")
+
+    def _waited(self, node: int, round_number: int) -> float:
+        stragglers = self._scenario.settings.stragglers
+        limit = stragglers.deadline if stragglers is not None else 0.0
+        return min(self._scenario.seconds(self._names[node], round_number), limit)
+
+    def _coordinator_crashes(self, round_number: int) -> bool:
+        at = self._scenario.settings.coordinator_crash
+        return at == round_number and not self._crashed()
+
+    def _forged(self, replies: Iterator[Reply], round_number: int) -> Iterator[Reply]:
+        """Attackers answer last, having seen the honest updates; the order stays."""
+        attack = self._scenario.settings.malicious
+        if attack is None or attack.attack not in _ON_THE_UPDATE:
+            yield from replies
+            return
+        kept = list(replies)
+        honest = [
+            update
+            for reply in kept
+            if self._names[reply.node_id] not in self._scenario.malicious
+            and (update := _update_of(reply)) is not None
+        ]
+        for reply in kept:
+            name, own = self._names[reply.node_id], _update_of(reply)
+            if name not in self._scenario.malicious or own is None or reply.payload is None:
+                yield reply
+                continue
+            forged = forge(attack, own, honest, attackers=len(self._scenario.malicious))
+            self._log("attacked", round=round_number, site=name, reason=attack.attack)
+            arrays = {**reply.payload.arrays, "update": forged}
+            yield replace(reply, payload=Payload(reply.payload.record, arrays))
+
+
+def _update_of(reply: Reply) -> Vector | None:
+    return None if reply.payload is None else reply.payload.arrays.get("update")
+
+
+def with_scenario(channel: Channel, scenario: Scenario, run: RunDirectory) -> Channel:
+    """The channel, with whatever is to happen on it."""
+    if scenario.quiet:
+        return channel
+    return FaultyChannel(
+        channel,
+        scenario,
+        log=run.event,
+        crashed=lambda: any(e["event"] == "coordinator crashed" for e in run.events()),
+    )
+
+
+def run_until_done(channel: Channel, context: Context, run: RunDirectory) -> None:
+    """Run the coordinator; one that the scenario crashes is started again."""
+    while True:
+        try:
+            run_study(channel, context)
+        except CoordinatorCrashed as crash:
+            run.event("coordinator crashed", reason=f"{crash}; it goes on from its checkpoint")
+        else:
+            return

@@ -1,0 +1,235 @@
+"""Simulated sites: the site's own code, with its state in memory and shared among thousands."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedward.client.local_site import Admitted, LocalSite, simulated_split_key
+from fedward.client.outbox import Keeper, Kept
+from fedward.client.sources import split
+from fedward.core.errors import AdmissionRefused
+from fedward.core.identity import Identity
+from fedward.core.run import RunDirectory
+from fedward.core.site import Site
+from fedward.core.study import Study
+from fedward.privacy.ledger import Ledger
+from fedward.privacy.ledger.simulated import SimulatedLedgers
+from fedward.simulations.partitions import read_rows
+from fedward.simulations.provision import LEDGERS
+from fedward.simulations.scenarios import Scenario
+from fedward.tasks import datasets
+from fedward.tasks.task import Examples, Task
+
+
+class SimulatedSite(LocalSite):
+    """A site on disk to which things happen: poisoned data, crashes.
+
+    Args:
+        file: The site file.
+        scenario: What happens to whom.
+        site: The file's content, where it is known.
+    """
+
+    def __init__(self, file: Path, scenario: Scenario, *, site: Site | None = None) -> None:
+        self._scenario = scenario
+        self._poisoned: dict[str, tuple[Examples, Examples]] = {}
+        super().__init__(file, site=site)
+
+    def examples(self, task: Task, study: Study) -> tuple[Examples, Examples]:
+        """As a site's; a malicious one may train on poisoned data, and holds out clean ones."""
+        if study.hash not in self._poisoned:
+            training, held_out = self._clean_examples(task, study)
+            self._poisoned[study.hash] = self._scenario.poison(self.name, training), held_out
+        return self._poisoned[study.hash]
+
+    def _clean_examples(self, task: Task, study: Study) -> tuple[Examples, Examples]:
+        return super().examples(task, study)
+
+
+class MemorySite(SimulatedSite):
+    """A simulated site that writes nothing to disk.
+
+    Args:
+        file: The site file.
+        scenario: What happens to whom.
+        shared: What the sites of a run have in common.
+        site: The file's content, where it is known.
+    """
+
+    def __init__(
+        self, file: Path, scenario: Scenario, shared: "Shared", *, site: Site | None = None
+    ) -> None:
+        self._shared = shared
+        self._outboxes: dict[str, MemoryOutbox] = {}
+        super().__init__(file, scenario, site=site)
+
+    def _open_state(self) -> None:
+        """Nothing is on disk."""
+
+    @cached_property
+    def _books(self) -> tuple[Identity, Ledger]:
+        return self._shared.ledgers.open(self.name)
+
+    @cached_property
+    def identity(self) -> Identity:
+        """Kept with the ledgers."""
+        return self._books[0]
+
+    @cached_property
+    def ledger(self) -> Ledger:
+        """In memory, with those of the other sites."""
+        return self._books[1]
+
+    def pin(self, admitted: Admitted) -> None:
+        """Keep an admitted study; after a restart the coordinator sends it again."""
+        self._admitted[admitted.study.hash] = admitted
+
+    def admitted(self, study_hash: str) -> Admitted:
+        """The study with this hash, as it was admitted. Raises `AdmissionRefused`."""
+        found = self._admitted.get(study_hash)
+        if found is None:
+            raise AdmissionRefused(
+                site=self.name,
+                policy="admission",
+                reason="this study was not admitted here; the coordinator must send it first",
+            )
+        return found
+
+    def outbox(self, study: Study) -> Keeper:
+        """Keeps nothing of a round: the seed gives the same update again."""
+        return self._outboxes.setdefault(study.hash, MemoryOutbox(keeps=False))
+
+    def metrics_outbox(self, study: Study) -> Keeper:
+        """The outbox of the study's one release of metrics."""
+        return self._outboxes.setdefault(f"{study.hash}-metrics", MemoryOutbox(keeps=True))
+
+    def check_parameters(
+        self, study: Study, parameters: NDArray[np.float32] | None
+    ) -> NDArray[np.float32]:
+        """As a site's; what was checked for one site is good for the others."""
+        if parameters is not None and self._shared.checked is parameters:
+            return parameters
+        self._sizes = self._shared.sizes
+        self._shared.checked = super().check_parameters(study, parameters)
+        return self._shared.checked
+
+
+class PartitionSite(MemorySite):
+    """A site of a partition: its data are rows of a table that all share; it has no store."""
+
+    def _clean_examples(self, task: Task, study: Study) -> tuple[Examples, Examples]:
+        return self._shared.examples(task, study, self)
+
+
+class MemoryOutbox:
+    """An outbox that is no file.
+
+    Args:
+        keeps: Whether it keeps anything.
+    """
+
+    __slots__ = ("_keeps", "_kept")
+
+    def __init__(self, *, keeps: bool) -> None:
+        self._keeps = keeps
+        self._kept: Kept | None = None
+
+    def keep(self, kept: Kept) -> None:
+        """Keep it as long as the process lives."""
+        if self._keeps:
+            self._kept = kept
+
+    def newest(self) -> Kept | None:
+        """What was kept last."""
+        return self._kept
+
+
+class Shared:
+    """What the simulated sites of a run have in common: books, and tables read once.
+
+    Args:
+        ledgers: Where their ledgers are.
+    """
+
+    def __init__(self, ledgers: SimulatedLedgers) -> None:
+        self.ledgers = ledgers
+        self.sizes: dict[str, int] = {}
+        self.checked: NDArray[np.float32] | None = None
+        self._rows: dict[Path, dict[str, NDArray[np.int64]]] = {}
+        self._prepared: dict[tuple[str, str], tuple[Examples, NDArray[np.bool_]]] = {}
+
+    def examples(self, task: Task, study: Study, site: LocalSite) -> tuple[Examples, Examples]:
+        """A site's training and held-out examples, from the pooled data prepared once."""
+        file = site.file.parent / str(site.site.data.path)
+        if file not in self._rows:
+            self._rows[file] = read_rows(file)
+        rows = self._rows[file][str(site.site.data.partition)]
+        dataset = str(site.site.data.dataset)
+        share = site.site.data.held_out
+        key = f"{study.hash}/{dataset}", f"{share}"
+        if key not in self._prepared:
+            table = datasets.pooled(dataset)
+            _, held_out = split(table, held_out=share, key=simulated_split_key(study, ""))
+            out = set(held_out.patient_ids)
+            side = np.array([patient_id in out for patient_id in table.patient_ids])
+            self._prepared[key] = task.prepare(table, None), side
+        prepared, side = self._prepared[key]
+        here = side[rows]
+        return prepared.take(rows[~here]), prepared.take(rows[here])
+
+
+class LocalSites(Mapping[Path, LocalSite]):
+    """A run's sites by site file, in the order of node numbers.
+
+    Args:
+        sites: The sites.
+        ledgers: Where those in memory have their books; None where there are none.
+    """
+
+    def __init__(self, sites: Mapping[Path, LocalSite], ledgers: SimulatedLedgers | None) -> None:
+        self._sites, self._ledgers = sites, ledgers
+
+    def __getitem__(self, file: Path) -> LocalSite:
+        """The site of a site file."""
+        return self._sites[file]
+
+    def __iter__(self) -> Iterator[Path]:
+        """The site files."""
+        return iter(self._sites)
+
+    def __len__(self) -> int:
+        """How many."""
+        return len(self._sites)
+
+    def keep(self) -> None:
+        """Write what is new in the books of sites in memory."""
+        if self._ledgers is not None:
+            self._ledgers.save()
+
+
+@contextmanager
+def open_sites(
+    run: RunDirectory, files: Mapping[Path, Site], scenario: Scenario
+) -> Iterator[LocalSites]:
+    """Open every site: in memory where it is simulated and says so, else on disk."""
+    together = run.path.resolve() / LEDGERS
+    in_memory = {f for f, s in files.items() if s.site.simulated and s.site.ledgers is not None}
+    ledgers = SimulatedLedgers(together) if in_memory else None
+    shared = Shared(ledgers) if ledgers is not None else None
+    sites: dict[Path, LocalSite] = {}
+    for file, site in files.items():
+        if shared is None or file not in in_memory:
+            sites[file] = SimulatedSite(file, scenario, site=site)
+        elif site.data.source == "embedded" and site.data.path is not None:
+            sites[file] = PartitionSite(file, scenario, shared, site=site)
+        else:
+            sites[file] = MemorySite(file, scenario, shared, site=site)
+    try:
+        yield LocalSites(sites, ledgers)
+    finally:
+        if ledgers is not None:
+            ledgers.shut()

@@ -1,0 +1,206 @@
+"""Many sites as one batch, against the code of a single site."""
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from fedward.client.training import NotPrivate, Private, TrainingPlan, train
+from fedward.privacy.mechanisms import simulated_source
+from fedward.simulations.cohort import Cohort, CohortSite, Turn
+from fedward.simulations.stacked import fits
+from fedward.tasks.models import build
+from fedward.tasks.parameters import from_vector, to_vector
+from fedward.tasks.task import Examples
+
+FEATURES = 6
+SILENT = 1e-9  # a noise multiplier that float32 does not show
+
+
+def loss(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return nn.functional.binary_cross_entropy_with_logits(
+        outputs.reshape(-1), labels.to(outputs.dtype), reduction="none"
+    )
+
+
+def make_examples(rows: int, *, seed: int, records: int = 1) -> Examples:
+    rng = np.random.default_rng(seed)
+    units = rng.permutation(rows) if records == 1 else rng.integers(0, max(1, rows // 2), rows)
+    units = np.unique(units, return_inverse=True)[1].astype(np.int64)
+    features = rng.normal(size=(rows, FEATURES)).astype(np.float32)
+    labels = (rng.random(rows) < 0.4).astype(np.float32)
+    return Examples(features, labels, units)
+
+
+def make_plan(number: int, *, private: float | None, **changes: object) -> TrainingPlan:
+    values: dict[str, object] = {
+        "learning_rate": 0.3,
+        "momentum": 0.5,
+        "steps": 3 + number % 4,
+        "sample_rate": 0.3 + 0.1 * (number % 3),
+        "expected_batch_size": 4.0 + number % 5,
+        "guarantee": NotPrivate()
+        if private is None
+        else Private(clip_norm=0.7, noise_multiplier=private * (1 + 0.1 * (number % 2))),
+    }
+    return TrainingPlan(**{**values, **changes})  # type: ignore[arg-type] # a test's keywords
+
+
+def both(
+    model: nn.Module, sites: list[CohortSite]
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Updates of the sites, one by one and as one batch, from the same sources."""
+    start = to_vector(model)
+    alone = []
+    for number, site in enumerate(sites):
+        from_vector(model, start)
+        noise = simulated_source("cohort", number)
+        alone.append(train(model, loss, site.examples, plan=site.plan, noise=noise).update)
+    turns = [
+        Turn(number, lambda number=number: simulated_source("cohort", number))  # type: ignore[misc]
+        for number in range(len(sites))
+    ]
+    together = [result.update for result in Cohort(model, loss, sites).train(start, turns)]
+    return np.stack(alone), np.stack(together)
+
+
+def closeness(alone: NDArray[np.float32], together: NDArray[np.float32]) -> float:
+    lengths = np.linalg.norm(alone, axis=1) + 1e-12
+    return float((np.linalg.norm(alone - together, axis=1) / lengths).max())
+
+
+@pytest.mark.parametrize("name", ["logistic", "mlp"])
+@pytest.mark.parametrize("private", [None, SILENT, 1.1])
+@pytest.mark.parametrize("records", [1, 3])
+def test_a_batch_of_ragged_sites_trains_as_each_alone_noise_included(
+    name: str, private: float | None, records: int
+) -> None:
+    sites = [
+        CohortSite(
+            make_examples(rows, seed=rows, records=records),
+            make_plan(number, private=private, max_records=records),
+        )
+        for number, rows in enumerate([1, 3, 8, 13, 40, 7, 2])
+    ]
+
+    alone, together = both(build(name, num_features=FEATURES), sites)
+
+    assert closeness(alone, together) < 1e-5
+    assert np.linalg.norm(alone) > 0
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adamw"])
+def test_optimizers_with_memory_end_at_each_sites_own_step(optimizer: str) -> None:
+    changes = {"optimizer": optimizer, "momentum": 0.0, "weight_decay": 0.01}
+    sites = [
+        CohortSite(make_examples(9 + n, seed=n), make_plan(n, private=1.0, **changes))
+        for n in range(6)
+    ]
+
+    alone, together = both(build("mlp", num_features=FEATURES), sites)
+
+    assert closeness(alone, together) < 1e-4  # Adam divides by what is nearly zero
+
+
+def test_patients_with_more_records_than_a_step_takes_are_drawn_alike() -> None:
+    sites = [
+        CohortSite(make_examples(20 + n, seed=n, records=3), make_plan(n, private=1.0))
+        for n in range(4)
+    ]
+
+    alone, together = both(build("logistic", num_features=FEATURES), sites)
+
+    assert closeness(alone, together) < 1e-5
+
+
+def test_everybody_in_every_step_needs_no_draw_without_privacy() -> None:
+    sites = [
+        CohortSite(make_examples(6 + n, seed=n), make_plan(n, private=None, sample_rate=1.0))
+        for n in range(4)
+    ]
+    model = build("mlp", num_features=FEATURES)
+    alone, _ = both(model, sites)
+
+    def forbidden() -> object:
+        raise AssertionError("a draw that nobody needs")
+
+    from_vector(model, to_vector(build("mlp", num_features=FEATURES)))
+    turns = [Turn(number, forbidden) for number in range(len(sites))]  # type: ignore[arg-type] # never called
+    together = [r.update for r in Cohort(model, loss, sites).train(to_vector(model), turns)]
+
+    assert closeness(alone, np.stack(together)) < 1e-5
+
+
+@pytest.mark.parametrize("private", [None, 1.0])
+def test_a_record_that_is_not_finite_is_left_out_as_it_is_alone(private: float | None) -> None:
+    sites = []
+    for number in range(4):
+        examples = make_examples(12, seed=number)
+        if number == 2:
+            examples.features[:4, 1] = np.nan
+        sites.append(CohortSite(examples, make_plan(number, private=private, sample_rate=1.0)))
+
+    alone, together = both(build("mlp", num_features=FEATURES), sites)
+
+    assert np.isfinite(together).all()
+    assert closeness(alone, together) < 1e-5
+
+
+def test_frozen_parameters_do_not_move() -> None:
+    model = build("mlp", num_features=FEATURES)
+    for p in model[0].parameters():
+        p.requires_grad = False
+    sites = [CohortSite(make_examples(9, seed=n), make_plan(n, private=1.0)) for n in range(4)]
+
+    alone, together = both(model, sites)
+
+    frozen = sum(p.numel() for p in model[0].parameters())
+    assert not together[:, :frozen].any()
+    assert closeness(alone, together) < 1e-5
+
+
+def test_a_few_sites_of_the_cohort_may_take_part() -> None:
+    sites = [CohortSite(make_examples(9, seed=n), make_plan(n, private=1.0)) for n in range(5)]
+    model = build("logistic", num_features=FEATURES)
+    _, together = both(model, sites)
+    start = to_vector(build("logistic", num_features=FEATURES))
+
+    turns = [Turn(n, lambda n=n: simulated_source("cohort", n)) for n in (3, 1)]  # type: ignore[misc]
+    some = [r.update for r in Cohort(model, loss, sites).train(start, turns)]
+
+    np.testing.assert_allclose(np.stack(some), together[[3, 1]], rtol=1e-5, atol=1e-7)
+
+
+def test_noise_of_a_batch_has_the_calibrated_standard_deviation_at_every_site() -> None:
+    # Nobody is ever sampled, so a step is noise alone: sum of squares is chi-squared.
+    steps, sigma, clip_norm, batch = 40, 1.5, 0.7, 5.0
+    plan = make_plan(
+        0, private=sigma, steps=steps, sample_rate=1e-12, momentum=0.0, learning_rate=1.0,
+        expected_batch_size=batch,
+    )  # fmt: skip
+    model = build("mlp", num_features=FEATURES)
+    sites = [CohortSite(make_examples(3, seed=n), plan) for n in range(8)]
+
+    _, together = both(model, sites)
+
+    std = sigma * clip_norm / batch * np.sqrt(steps)
+    for update in together:
+        ratio = float((update.astype(np.float64) ** 2).mean()) / std**2
+        # Six deviations of a mean of n squares, and a little: a false alarm in 10^9 runs.
+        assert abs(ratio - 1) < 6.5 * np.sqrt(2 / update.size)
+
+
+def test_sites_that_differ_in_more_than_size_are_no_cohort() -> None:
+    sites = [
+        CohortSite(make_examples(5, seed=1), make_plan(0, private=None)),
+        CohortSite(make_examples(5, seed=1), make_plan(0, private=None, learning_rate=0.1)),
+    ]
+
+    with pytest.raises(ValueError, match="differ"):
+        Cohort(build("logistic", num_features=FEATURES), loss, sites)
+
+
+def test_a_model_that_book_keeping_does_not_know_is_not_stacked() -> None:
+    assert fits(build("mlp", num_features=FEATURES))
+    assert not fits(nn.Sequential(nn.Bilinear(2, 2, 1)))
