@@ -130,8 +130,7 @@ class CohortChannel:
             Turn(self._numbers[node], self._source_of(node, state.number))
             for node, state in begun.items()
         ]
-        for result in self._cohort.train(first.parameters, turns):
-            yield result.update
+        yield from self._cohort.train(first.parameters, turns)
 
     def _source_of(self, node: int, round_number: int) -> Callable[[], Any]:
         site = self._sites[node]

@@ -7,7 +7,7 @@ padded, and rows that pad are masked. The two paths agree up to the rounding of 
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from fedward.client.training.bookkeeping import Loss
 from fedward.client.training.clippers import Clipper, Plain
-from fedward.client.training.loop import LocalResult, event_of
 from fedward.client.training.modes import choose_mode, make_clipper
 from fedward.client.training.optimizers import FlatOptimizer
-from fedward.client.training.plan import NotPrivate, Private, TrainingPlan
+from fedward.client.training.plan import Private, TrainingPlan
+from fedward.client.training.prefetch import drawing_ahead
 from fedward.client.training.sampler import Batch, PoissonSampler
 from fedward.privacy.mechanisms.noise import NoiseSource, add_noise
 from fedward.simulations.stacked import StackedBatch, StackedSum, make_stacked_sum
@@ -114,17 +114,17 @@ class Cohort:
             records=self._records,
         )
 
-    def train(self, parameters: Vector, turns: Sequence[Turn]) -> Iterator[LocalResult]:
-        """Train from `parameters`; results come in the order of `turns`."""
+    def train(self, parameters: Vector, turns: Sequence[Turn]) -> Iterator[Vector]:
+        """Train from `parameters`; updates come in the order of `turns`."""
         flat = self._trained(parameters)
-        results: dict[int, LocalResult] = {}
+        updates: dict[int, Vector] = {}
         # Sites that are alike go together: less padding, and they end at the same step.
         order = sorted(range(len(turns)), key=lambda number: self._order_of(turns[number]))
         for stack in self._stacks(order, turns):
             done = self._train_stack(flat, [turns[number] for number in stack])
-            results.update(zip(stack, done, strict=True))
+            updates.update(zip(stack, done, strict=True))
         for number in range(len(turns)):
-            yield results.pop(number)
+            yield updates.pop(number)
 
     def _order_of(self, turn: Turn) -> tuple[int, float]:
         plan = self._plans[turn.site]
@@ -160,12 +160,19 @@ class Cohort:
         kept = [piece for p, piece in zip(self._parameters, pieces, strict=True) if p.requires_grad]
         return torch.cat(kept).to(self._device)
 
-    def _train_stack(self, flat: Tensor, turns: Sequence[Turn]) -> list[LocalResult]:
+    def _train_stack(self, flat: Tensor, turns: Sequence[Turn]) -> list[Vector]:
         plan, plans = self._plan, [self._plans[turn.site] for turn in turns]
         private = isinstance(plan.guarantee, Private)
         everyone = all(self._samplers[turn.site].certain for turn in turns)
         # Where everybody always takes part and nothing is added, there is nothing to draw.
-        sources = None if everyone and not private else [turn.noise() for turn in turns]
+        sources = (
+            None
+            if everyone and not private
+            else [
+                drawing_ahead(turn.noise(), steps=p.steps)
+                for turn, p in zip(turns, plans, strict=True)
+            ]
+        )
         stacked = flat.repeat(len(turns), 1)
         optimizer = FlatOptimizer(
             stacked,
@@ -174,30 +181,24 @@ class Cohort:
             weight_decay=plan.weight_decay,
         )
         divisors = torch.tensor([p.expected_batch_size for p in plans]).to(self._device)
-        sanitised = np.zeros(len(turns), np.int64)
         active = len(turns)
         for step in range(plans[0].steps):
             while plans[active - 1].steps <= step:
                 active -= 1
             optimizer.keep(active)
-            now = turns[:active]
-            total = self._sums(stacked[:active], now, sources, sanitised)
+            total = self._sums(stacked[:active], turns[:active], sources)
             if private and sources is not None:
                 total = self._noised(total, plans[:active], sources)
             total /= divisors[:active, None]
             optimizer.step(total, learning_rate=plan.learning_rate_at(step))
         updates = (stacked - flat).float().cpu().numpy()
-        return [
-            LocalResult(self._whole(update), p.steps, event_of(p), int(bad))
-            for update, p, bad in zip(updates, plans, sanitised, strict=True)
-        ]
+        return [self._whole(update) for update in updates]
 
     def _sums(
         self,
         stacked: Tensor,
         turns: Sequence[Turn],
         sources: Sequence[NoiseSource] | None,
-        sanitised: NDArray[np.int64],
     ) -> Tensor:
         rows, mask = self._choose(turns, sources)
         if not rows.size:
@@ -213,8 +214,7 @@ class Cohort:
             total, finite = self._sum(stacked, batch)
             if not bool(finite.all()):
                 for number in torch.nonzero(~finite).flatten().tolist():
-                    total[number], bad = self._alone(stacked[number], batch, number)
-                    sanitised[number] += bad
+                    total[number] = self._alone(stacked[number], batch, number)
         return total
 
     def _choose(
@@ -256,7 +256,7 @@ class Cohort:
                 sums[number] = add_noise(sums[number], std=std, source=source)
         return torch.from_numpy(sums).to(self._device)
 
-    def _alone(self, flat: Tensor, batch: StackedBatch, number: int) -> tuple[Tensor, int]:
+    def _alone(self, flat: Tensor, batch: StackedBatch, number: int) -> Tensor:
         """One site's step by the code of a single site, which leaves out what is not finite."""
         start = 0
         for p in self._parameters:
@@ -275,8 +275,7 @@ class Cohort:
             clipper = make_clipper(self._model, self._loss, trained, mode=mode)
             clip_norm = guarantee.clip_norm
         try:
-            clipped = clipper(alone.only(whole), clip_norm=clip_norm)
-            return clipped.total.clone(), clipped.sanitised
+            return clipper(alone.only(whole), clip_norm=clip_norm).total.clone()
         finally:
             clipper.close()
 
@@ -296,14 +295,16 @@ class Cohort:
 def _common(plans: Sequence[TrainingPlan]) -> TrainingPlan:
     """The first plan, which stands for what all have in common."""
 
-    def shared(plan: TrainingPlan) -> tuple[object, ...]:
+    def shared(plan: TrainingPlan) -> TrainingPlan:
         guarantee = plan.guarantee
-        clip_norm = None if isinstance(guarantee, NotPrivate) else guarantee.clip_norm
-        return (
-            plan.optimizer, plan.learning_rate, plan.momentum, plan.weight_decay, clip_norm,
-            plan.schedule, plan.schedule_steps, plan.first_step,
-        )  # fmt: skip
+        if isinstance(guarantee, Private):
+            guarantee = replace(guarantee, noise_multiplier=1.0)
+        return replace(plan, guarantee=guarantee, sample_rate=1.0, steps=1, expected_batch_size=1.0)
 
-    if len({shared(plan) for plan in plans}) != 1:
+    first = plans[0]
+    if any(shared(plan) != shared(first) for plan in plans):
         raise ValueError("sites of one cohort differ in more than sample rate, steps and noise")
-    return plans[0]
+    adaptive = isinstance(first.guarantee, Private) and first.guarantee.adaptive is not None
+    if adaptive or first.averaging != "last":
+        raise ValueError("adaptive clipping and averaging are done site by site")
+    return first

@@ -81,6 +81,8 @@ def provision(
         if study.simulation.sites is not None:
             files = _given_sites(study, study_file)
         else:
+            # A session of secure aggregation lies in the site's folder, beside its identity.
+            durable = durable or study.simulation.durable or study.aggregation.secure
             known = _embedded_sites(study, folder, durable=durable)
             files = list(known)
         write_atomic(listing, "".join(f"{file}\n" for file in files))

@@ -72,10 +72,7 @@ def simulate(
     """
     study = load_study(run.path / "study.toml")
     chosen = runtime or study.simulation.runtime
-    # A session of secure aggregation lies in the site's folder, beside its identity.
-    durable = durable or study.simulation.durable or study.aggregation.secure
-    durable = durable or chosen != "in-process"
-    sites = provision(run, study, study_file=study_file, durable=durable)
+    sites = provision(run, study, study_file=study_file, durable=durable or chosen != "in-process")
     files = sites.load()
     run.write_json("manifest.json", manifest(study, data=data_fingerprints(files), runtime=chosen))
     scenario = make_scenario(study, sorted(site.name for site in files.values()))

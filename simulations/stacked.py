@@ -73,8 +73,9 @@ def make_stacked_sum(
 
 
 def fits(model: nn.Module) -> bool:
-    """Whether `make_stacked_sum` can stack the model."""
-    return leaves_of(model) is not None
+    """Whether `make_stacked_sum` can stack the model: known layers, and nothing left to chance."""
+    chance = any(isinstance(m, nn.modules.dropout._DropoutNd) for m in model.modules())  # noqa: SLF001 (the kinds have no public parent)
+    return leaves_of(model) is not None and not chance
 
 
 class _Shapes:

@@ -9,7 +9,6 @@ import pytest
 from studies import EPSILON_4, NO_PRIVACY, write_study
 from test_simulate import SITES, model_of
 
-import fedward.client.app as client_app
 from fedward.client.answers import train_round
 from fedward.client.local_site import LocalSite
 from fedward.core.errors import AggregationAborted, ConfigError, UpdateRejected
@@ -20,6 +19,7 @@ from fedward.core.study import load_study
 from fedward.server.channel import FlowerChannel, Reply
 from fedward.simulations.provision import provision
 from fedward.simulations.simulate import prepare_run, simulate
+from fedward.simulations.sites import LocalSites
 from fedward.transport.payload import Payload
 
 
@@ -63,7 +63,7 @@ class Spy(FlowerChannel):
 def test_a_coordinator_sees_neither_updates_nor_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fedward.server.app.FlowerChannel", Spy)
+    monkeypatch.setattr("fedward.simulations.simulate.FlowerChannel", Spy)
     Spy.seen = []
 
     run_study(secure_study(tmp_path, privacy=NO_PRIVACY, rounds=2))
@@ -78,7 +78,7 @@ def test_a_site_may_be_a_new_process_for_each_message(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept, _ = run_study(secure_study(tmp_path / "kept", rounds=3))
-    monkeypatch.setattr(client_app, "_open", lambda file: LocalSite(Path(file)))
+    monkeypatch.setattr(LocalSites, "__getitem__", lambda _, file: LocalSite(file))
 
     forgetful, _ = run_study(secure_study(tmp_path / "forgetful", rounds=3))
 

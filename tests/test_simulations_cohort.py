@@ -61,7 +61,7 @@ def both(
         Turn(number, lambda number=number: simulated_source("cohort", number))  # type: ignore[misc]
         for number in range(len(sites))
     ]
-    together = [result.update for result in Cohort(model, loss, sites).train(start, turns)]
+    together = list(Cohort(model, loss, sites).train(start, turns))
     return np.stack(alone), np.stack(together)
 
 
@@ -127,7 +127,7 @@ def test_everybody_in_every_step_needs_no_draw_without_privacy() -> None:
 
     from_vector(model, to_vector(build("mlp", num_features=FEATURES)))
     turns = [Turn(number, forbidden) for number in range(len(sites))]  # type: ignore[arg-type] # never called
-    together = [r.update for r in Cohort(model, loss, sites).train(to_vector(model), turns)]
+    together = list(Cohort(model, loss, sites).train(to_vector(model), turns))
 
     assert closeness(alone, np.stack(together)) < 1e-5
 
@@ -167,7 +167,7 @@ def test_a_few_sites_of_the_cohort_may_take_part() -> None:
     start = to_vector(build("logistic", num_features=FEATURES))
 
     turns = [Turn(n, lambda n=n: simulated_source("cohort", n)) for n in (3, 1)]  # type: ignore[misc]
-    some = [r.update for r in Cohort(model, loss, sites).train(start, turns)]
+    some = list(Cohort(model, loss, sites).train(start, turns))
 
     np.testing.assert_allclose(np.stack(some), together[[3, 1]], rtol=1e-5, atol=1e-7)
 
