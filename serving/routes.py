@@ -4,7 +4,7 @@ import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from fedward.serving import oip
+from fedward.serving import cds, oip
 from fedward.serving.catalogue import Live
 from fedward.serving.clinical import parse_json
 from fedward.serving.gate import Caller, Role
@@ -183,6 +183,30 @@ async def _status(request: Request) -> Answer:
     return answer_json(request.service.status())
 
 
+async def _cds_services(request: Request) -> Answer:
+    catalogue = request.service.catalogue
+    served = [cds.service_of(catalogue.get(name).signature) for name in catalogue.names()]
+    return answer_json({"services": served})
+
+
+async def _cds_hook(request: Request) -> Answer:
+    live = request.live
+    try:
+        inputs = cds.parse_hook(parse_json(await request.body()), live.signature)
+    except Problem as problem:
+        request.service.note_refusal(live, problem)
+        raise
+    outputs = await request.service.predict(live, inputs, caller=request.caller, action="cds-hook")
+    return answer_json(cds.cards(live.signature, inputs, outputs, privacy=live.privacy))
+
+
+async def _cds_feedback(request: Request) -> Answer:
+    live = request.live
+    for said in cds.parse_feedback(parse_json(await request.body())):
+        request.service.record("cds-" + said["outcome"], live, request.caller, facts=said)
+    return answer_json({})
+
+
 async def _roll_back(request: Request) -> Answer:
     await request.body()
     model = request.live.signature.model
@@ -218,6 +242,9 @@ ROUTES = (
     _route("v1-explain", "POST", rf"/v1/models/{_NAME}:explain", _v1_explain, _CLINICIAN),
     _route("v1-model", "GET", rf"/v1/models/{_NAME}", _model_ready, ()),
     _route("v1-models", "GET", "/v1/models", _v1_models, ()),
+    _route("cds-services", "GET", "/cds-services", _cds_services, None),
+    _route("cds-hook", "POST", rf"/cds-services/{_NAME}", _cds_hook, _CLINICIAN),
+    _route("cds-feedback", "POST", rf"/cds-services/{_NAME}/feedback", _cds_feedback, _CLINICIAN),
     _route("metrics", "GET", "/metrics", _metrics, _WATCHING),
     _route("monitor", "GET", rf"/monitor(?:/{_NAME})?", _monitor, _WATCHING),
     _route("status", "GET", "/status", _status, _WATCHING),

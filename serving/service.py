@@ -203,8 +203,16 @@ class Service:
         if self.audit is not None:
             self.audit.append(action, model=model, version=version, reason=reason)
 
-    def record(self, action: str, live: Live, caller: Caller, *, rows: int = 1) -> None:
-        """A line in the audit log."""
+    def record(
+        self,
+        action: str,
+        live: Live,
+        caller: Caller,
+        *,
+        rows: int = 1,
+        facts: Mapping[str, str] | None = None,
+    ) -> None:
+        """A line in the audit log; `facts` are codes, never a patient's values."""
         if self.audit is not None:
             signature = live.signature
             self.audit.append(
@@ -213,6 +221,7 @@ class Service:
                 version=signature.version,
                 caller=caller.name,
                 rows=rows,
+                **(facts or {}),
             )
 
     def note_refusal(self, live: Live, problem: Problem) -> None:
