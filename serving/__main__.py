@@ -44,6 +44,9 @@ def _serve(words: list[str]) -> None:
     parser.add_argument("--look-every", type=float, default=0.25, help="seconds between looks")
     parser.add_argument("--rate", type=float, default=5000.0, help="requests a second by caller")
     parser.add_argument("--grpc-port", type=int, help="answers gRPC there, too; 0: a free one")
+    parser.add_argument("--registry", type=Path, help="a registry to follow for newer releases")
+    parser.add_argument("--root", type=Path, help="the registry's pinned root of trust")
+    parser.add_argument("--fetch-every", type=float, default=60.0, help="seconds between looks")
     chosen = parser.parse_args(words)
     options = Options(
         ready_file=chosen.ready_file,
@@ -52,6 +55,9 @@ def _serve(words: list[str]) -> None:
         look_every=chosen.look_every,
         rate=chosen.rate,
         grpc_port=chosen.grpc_port,
+        registry=chosen.registry,
+        root=chosen.root,
+        fetch_every=chosen.fetch_every,
     )
     serve(Store(chosen.store), chosen.host, chosen.port, options=options)
 

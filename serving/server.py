@@ -6,6 +6,7 @@ import ipaddress
 import json
 import socket
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,9 @@ class Options:
             the adapter may ask, which only loopback allows.
         look_every: Seconds between two looks at the store.
         rate: Requests a second that one caller may make over time.
+        registry: A registry to follow through The Update Framework; None to wait for the inbox.
+        root: The registry's pinned root of trust.
+        fetch_every: Seconds between two looks at the registry.
         grpc_port: Where gRPC is answered, too; 0 takes a free one, None does without.
     """
 
@@ -47,6 +51,9 @@ class Options:
     keys: Path | None = None
     look_every: float = 0.25
     rate: float = 5000.0
+    registry: Path | None = None
+    root: Path | None = None
+    fetch_every: float = 60.0
     grpc_port: int | None = None
 
 
@@ -139,7 +146,8 @@ def serve(
     with AuditLog(state / "audit.jsonl") as audit:
         service = Service(catalogue, Gate(keys, rate=how.rate), audit=audit, store=store)
         service.state = state
-        watcher = Watcher(store, catalogue, service.told)
+        fetch = _follow(service, store, how)
+        watcher = Watcher(store, catalogue, service.told, fetch=fetch, fetch_every=how.fetch_every)
         watcher.look()
         if not catalogue.names():
             store.newest(next(iter(store.served()), None))  # says what is wrong
@@ -168,6 +176,25 @@ def _run(service: Service, watcher: Watcher, address: tuple[str, int], how: Opti
         url = f"{scheme}://{host}:{listener.getsockname()[1]}"
         server = _Server(config, url=url, how=how, service=service, watcher=watcher)
         server.run(sockets=[listener])
+
+
+def _follow(service: Service, store: Store, how: Options) -> Callable[[], None]:
+    """What brings newer releases from the registry, and says when its word is stale."""
+    if how.registry is None:
+        return lambda: None
+    if how.root is None:
+        raise ConfigError("is followed, so pin its root of trust too", file=str(how.registry))
+    from fedward.serving.updates import Updates, problem_of
+
+    updates = Updates(store, how.registry, how.root.read_bytes())
+
+    def fetch() -> None:
+        stale = problem_of(updates)
+        if stale is not None and stale != service.stale:
+            service.alarms.append(stale)
+        service.stale = stale
+
+    return fetch
 
 
 def _is_loopback(host: str) -> bool:

@@ -36,6 +36,7 @@ class Service:
         store: Where releases are; None cannot roll back.
         state: Folder of receipts' key and outcomes; None takes no outcomes.
         alarms: What an operator should see, the newest last.
+        stale: Why the registry that is followed is not current; None if it is, or none is.
     """
 
     catalogue: Catalogue
@@ -45,6 +46,7 @@ class Service:
     store: Store | None = None
     state: Path | None = None
     alarms: list[str] = field(default_factory=list)
+    stale: str | None = None
     _receipts: Receipts | None = None
     _outcomes: dict[str, Outcomes] = field(default_factory=dict)
 
@@ -102,6 +104,8 @@ class Service:
         inputs = self.parse_patient(live, values)
         outputs = await self.predict(live, inputs, caller=caller, action="predict")
         answer = clinical.answer(live.signature, inputs, outputs, privacy=live.privacy)
+        if self.stale is not None:
+            answer["stale"] = self.stale
         receipts = self._receipt_maker()
         if receipts is not None and outputs.shape[1] == 1:
             signature = live.signature
@@ -165,7 +169,9 @@ class Service:
 
     def metrics(self) -> str:
         """Prometheus text."""
-        gauges: list[tuple[str, dict[str, str], float]] = []
+        gauges: list[tuple[str, dict[str, str], float]] = [
+            ("stale", {}, float(self.stale is not None))
+        ]
         for name in self.catalogue.names():
             live = self.catalogue.get(name)
             gauges.append(("model_version", {"model": name}, live.signature.version))
@@ -246,6 +252,7 @@ class Service:
             "models": models,
             "requests": self.telemetry.requests(),
             "alarms": self.alarms[-20:],
+            "stale": self.stale,
             "audit_head": None if self.audit is None else self.audit.head,
         }
 

@@ -3,6 +3,8 @@
 import asyncio
 import sys
 import threading
+import time
+from collections.abc import Callable
 from typing import Protocol
 
 from fedward.core.errors import FedwardError
@@ -24,10 +26,27 @@ class Watcher:
     The store's `serving.json` changes in one step; what it names is verified and started in full
     before the catalogue changes, also in one step. Until then, and if it does not verify, the
     version that serves goes on serving.
+
+    Args:
+        store: The store.
+        catalogue: What is served.
+        told: Is told of every swap.
+        fetch: Brings newer releases into the store, if a registry is followed; from a thread.
+        fetch_every: Seconds between two calls of it.
     """
 
-    def __init__(self, store: Store, catalogue: Catalogue, told: Told) -> None:
+    def __init__(
+        self,
+        store: Store,
+        catalogue: Catalogue,
+        told: Told,
+        *,
+        fetch: Callable[[], None] = lambda: None,
+        fetch_every: float = 60.0,
+    ) -> None:
         self._store, self._catalogue, self._told = store, catalogue, told
+        self._fetch, self._fetch_every = fetch, fetch_every
+        self._fetch_next = 0.0
         self._seen: tuple[int, int] | None = None
         self._failed: dict[str, int] = {}
         self._one_at_a_time = threading.Lock()
@@ -35,6 +54,9 @@ class Watcher:
     def look(self) -> None:
         """Install what waits in the inbox, and swap in what the store serves now. Blocks."""
         with self._one_at_a_time:
+            if time.monotonic() >= self._fetch_next:
+                self._fetch_next = time.monotonic() + self._fetch_every
+                self._fetch()
             install_inbox(self._store)
             stamp = self._stamp()
             if stamp == self._seen:

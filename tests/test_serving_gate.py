@@ -58,13 +58,14 @@ def test_the_file_holds_no_key(file: Path, keys: dict[str, str]) -> None:
 
 
 @pytest.mark.usefixtures("keys")
-def test_without_a_key_only_health_is_answered(app: App) -> None:
+def test_without_a_key_only_health_and_discovery_are_answered(app: App) -> None:
     for route in ROUTES:
         path = route.path.pattern.rstrip("?").rstrip("/")
         if "(" in path:
             continue
         status = ask(app, route.method, path).status
-        assert status == (200 if path.startswith("/v2/health") else 401), path
+        public = path.startswith("/v2/health") or path == "/cds-services"
+        assert status == (200 if public else 401), path
     reply = ask(app, "POST", "/predict", _PATIENT)
     assert (reply.status, reply.headers["www-authenticate"]) == (401, "Bearer")
 
