@@ -8,6 +8,7 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.padding import Padding
 from rich.panel import Panel
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -258,12 +259,12 @@ def _show_answer(value: Mapping[str, Any]) -> None:
     answer = value["answer"]
     _OUT.print()
     _OUT.print(f"[bold]One patient, asked of the adapter at {value['url']}[/bold]")
-    _OUT.print(f"  {fields}", style="dim")
+    _OUT.print(Padding(fields, (0, 0, 0, 2)), style="dim")
     _OUT.print(
         f"  risk of heart disease [bold]{answer['probability']:.1%}[/bold]   "
         f"{answer['model']['name']} version {answer['model']['version']}"
     )
-    _OUT.print(f"  [dim]{answer['privacy']}[/dim]")
+    _OUT.print(Padding(answer["privacy"], (0, 0, 0, 2)), style="dim")
 
 
 def _show_end(value: Mapping[str, Any]) -> None:

@@ -252,7 +252,9 @@ def _compare(
         rows.append({"name": name, "cells": cells})
     rows.append({"name": "mean", "cells": [_pair(r["mean"]) for r in results.values()]})
     rows[-1]["cells"] += [f"{np.mean(list(unseen.values())):.3f}", ""]
-    worst = [f"{result['worst']['auroc']:.3f}    " for result in results.values()]
+    worst = [
+        f"{result['worst']['auroc']:.3f}\u00a0\u00a0\u00a0\u00a0" for result in results.values()
+    ]
     rows.append({"name": "worst", "cells": [*worst, f"{min(unseen.values()):.3f}", ""]})
     rows.append({"name": "all", "cells": [_pair(r["pooled"]) for r in results.values()]})
     rows[-1]["cells"] += ["", ""]
