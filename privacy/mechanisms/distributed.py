@@ -26,7 +26,7 @@ SMOOTHING: Final = 2.5
 """Granules of Gaussian that the proof gives away, so that the rest is a continuous Gaussian."""
 
 _FINEST_SHARE: Final = 2.0**18  # granules in a share's standard deviation: beyond, nothing is won
-_ROUNDING_FAILURE: Final = 2.0**-60
+_ROUNDING_FAILURE: Final = 2.0**-80
 _COMPUTED: Final = 1 + 2**-16  # a clip norm that was computed in float32 may be this much longer
 _ATTEMPTS: Final = 1000
 _MOST_EXTRA: Final = 1.5  # times the noise: a coarser granule than that is no bargain
@@ -158,7 +158,7 @@ class DistributedGaussian:
 
     @property
     def sensitivity(self) -> float:
-        """L2 norm, after rounding, of what a unit changes, except with probability 2^-60."""
+        """L2 norm, after rounding, of what a unit changes, except with probability 2^-80."""
         return largest_rounded_norm(
             clip_norm=self.clip_norm * _COMPUTED,
             granularity=self.granularity,
