@@ -112,13 +112,13 @@ class Ours:
         for name, request in self.coordinator.open_round(self.number).items():
             self.sites[name].begin(request)
 
-    def mask(self, site: SiteSession, update: np.ndarray) -> bytearray:
+    def mask(self, site: SiteSession, update: np.ndarray) -> memoryview:
         """Encode and mask."""
         return site.mask_filled(
             lambda out: self.fixed.encode(update, bits=self.bits, out=out, threads=self.threads)
         )
 
-    def site(self, update: np.ndarray) -> tuple[float, bytearray]:
+    def site(self, update: np.ndarray) -> tuple[float, memoryview]:
         """Seconds of one site's whole masking: encoding, masks, message."""
         self.open()
         start = clock(self.threads)

@@ -26,7 +26,7 @@ class AnswersAgain(SiteSession):
 class MasksAgain(SiteSession):
     """Sends another vector under the same masks."""
 
-    def mask(self, vector: NDArray[np.uint32]) -> bytearray:
+    def mask(self, vector: NDArray[np.uint32]) -> memoryview:
         if self._round is not None:
             self._round = dataclasses.replace(self._round, masked=False)
         return super().mask(vector)

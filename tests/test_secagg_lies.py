@@ -406,7 +406,7 @@ def lying_round(
 
 def test_garbage_and_a_missing_mask_spoil_the_sum_but_show_no_other_site() -> None:
     class Careless(SiteSession):
-        def mask(self, vector: np.ndarray) -> bytearray:
+        def mask(self, vector: np.ndarray) -> memoryview:
             message = super().mask(vector)
             message[-4 * len(vector) :] = vector.tobytes()
             return message

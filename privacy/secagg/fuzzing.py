@@ -34,7 +34,7 @@ def stages() -> list[Stage]:
     """Every reader of a site and of the coordinator, each at the moment when it listens."""
     found: list[Stage] = []
 
-    def stage(name: str, subject: object, receive: Receive, message: bytes | bytearray) -> None:
+    def stage(name: str, subject: object, receive: Receive, message: bytes | memoryview) -> None:
         found.append(Stage(name, copy.deepcopy(subject), receive, bytes(message)))
 
     coordinator, sites = make_sessions(4, length=_LENGTH, threads=1)

@@ -103,14 +103,14 @@ def run_round(
     def ask(
         step: Step,
         requests: Mapping[str, bytes],
-        answer: Callable[[SiteSession, bytes, str], bytes | bytearray],
-        take: Callable[[str, bytes | bytearray], None],
+        answer: Callable[[SiteSession, bytes, str], bytes | memoryview],
+        take: Callable[[str, bytes | memoryview], None],
     ) -> None:
         for name, request in requests.items():
             if silent_from.get(name, len(STEPS)) > STEPS.index(step):
                 take(name, answer(sites[name], request, name))
 
-    def masked(site: SiteSession, request: bytes, name: str) -> bytes | bytearray:
+    def masked(site: SiteSession, request: bytes, name: str) -> bytes | memoryview:
         site.begin(request)
         return site.mask(vectors[name])
 

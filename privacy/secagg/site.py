@@ -223,7 +223,7 @@ class SiteSession:
         self._round = Standing(asked.round_number, asked.participants, asked.first, asked.count)
         return asked.round_number
 
-    def mask(self, vector: NDArray[np.uint32]) -> bytearray:
+    def mask(self, vector: NDArray[np.uint32]) -> memoryview:
         """This round's vector under its masks. Once a round: two would give away a difference.
 
         Args:
@@ -237,11 +237,11 @@ class SiteSession:
             raise ValueError(f"vector must be of uint32 and of shape ({self._terms.length},)")
         return self.mask_filled(lambda out: np.copyto(out, vector))
 
-    def mask_filled(self, fill: Callable[[NDArray[np.uint32]], object]) -> bytearray:
+    def mask_filled(self, fill: Callable[[NDArray[np.uint32]], object]) -> memoryview:
         """As `mask`, of a vector that `fill` writes into the message: no copy of it is made.
 
         Args:
-            fill: Gets zeros of shape `(terms.length,)` and changes them in place. If it raises,
+            fill: Gets an array of shape `(terms.length,)` and writes all of it. If it raises,
                 nothing has happened.
 
         Raises:
