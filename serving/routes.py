@@ -1,8 +1,10 @@
 """Every path of the adapter: its method, who may ask, and what answers."""
 
+import functools
 import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from importlib import resources
 
 from fedward.serving import cds, oip
 from fedward.serving.catalogue import Live
@@ -213,6 +215,32 @@ async def _roll_back(request: Request) -> Answer:
     return answer_json(await request.service.roll_back(model, caller=request.caller))
 
 
+_PAGE_TYPES = {
+    "index.html": b"text/html; charset=utf-8",
+    "page.css": b"text/css; charset=utf-8",
+    "page.js": b"text/javascript; charset=utf-8",
+}
+_POLICY = (
+    b"default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+    b"img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+
+
+@functools.cache
+def _page_file(name: str) -> bytes:
+    return (resources.files("fedward.serving") / "page" / name).read_bytes()
+
+
+async def _page(request: Request) -> Answer:
+    name = request.parts[0] or "index.html"
+    headers = (
+        (b"content-type", _PAGE_TYPES[name]),
+        (b"content-security-policy", _POLICY),
+        (b"x-content-type-options", b"nosniff"),
+    )
+    return Answer(_page_file(name), headers=headers)
+
+
 _MOST_EXPLAINED = 32
 _NAME = r"([^/:]+)"
 _MODEL = rf"/v2/models/{_NAME}(?:/versions/([^/]+))?"
@@ -248,5 +276,6 @@ ROUTES = (
     _route("metrics", "GET", "/metrics", _metrics, _WATCHING),
     _route("monitor", "GET", rf"/monitor(?:/{_NAME})?", _monitor, _WATCHING),
     _route("status", "GET", "/status", _status, _WATCHING),
+    _route("page", "GET", r"/(page\.css|page\.js|index\.html)?", _page, None),
     _route("roll-back", "POST", rf"/manage/models/{_NAME}/roll-back", _roll_back, _OPERATOR),
 )

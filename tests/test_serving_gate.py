@@ -65,6 +65,7 @@ def test_without_a_key_only_health_and_discovery_are_answered(app: App) -> None:
             continue
         status = ask(app, route.method, path).status
         public = path.startswith("/v2/health") or path == "/cds-services"
+        assert public == (route.roles is None), path
         assert status == (200 if public else 401), path
     reply = ask(app, "POST", "/predict", _PATIENT)
     assert (reply.status, reply.headers["www-authenticate"]) == (401, "Bearer")
