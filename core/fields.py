@@ -12,6 +12,8 @@ from typing import Any, Literal, cast, get_args
 FORMAT = 1
 INPUT, OUTPUT = "input", "probability"
 Kind = Literal["number", "category", "flag"]
+# UCUM writes for machines; a person reads these.
+_PLAIN_UNITS = {"1": "", "a": " years", "mm[Hg]": " mmHg", "/min": " per minute", "Cel": " °C"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +48,7 @@ class Field:
         """What this field may be, in words for an error message or a form."""
         if self.kind != "number":
             return "one of " + ", ".join(f"{name} ({code:g})" for name, code in self.codes.items())
-        unit = "" if self.unit == "1" else f" {self.unit}"
+        unit = _PLAIN_UNITS.get(self.unit, f" {self.unit}")
         if self.low is None or self.high is None:
             return f"a number{unit}"
         return f"{self.low:g} to {self.high:g}{unit}"

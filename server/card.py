@@ -24,7 +24,7 @@ p{margin:.4rem 0}.soft{color:var(--soft)}
 .promise{border-left:6px solid var(--accent)}.none{border-left:6px solid #b3261e}
 table{border-collapse:collapse;width:100%;font-size:.93rem}
 th,td{text-align:left;padding:.35rem .6rem;border-bottom:1px solid var(--line);vertical-align:top}
-th{color:var(--soft);font-weight:600}td.n{text-align:right;font-variant-numeric:tabular-nums}
+th{color:var(--soft);font-weight:600}td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}
 .bar{display:block;background:#e3ebeb;border-radius:4px;height:.6rem;width:9rem;margin-top:.45rem}
 .bar i{display:block;background:var(--accent);border-radius:4px;height:100%}
 dl{display:grid;grid-template-columns:12rem 1fr;gap:.3rem 1rem;margin:0}
@@ -136,8 +136,8 @@ def _evaluation_html(evaluation: Mapping[str, Any]) -> str:
     if hidden["sites"]:
         note = f" Not shown ({escape(hidden['because'])}): {escape(', '.join(hidden['sites']))}."
     return (
-        "<table><thead><tr><th></th><th>AUROC</th><th></th><th>Accuracy</th>"
-        f"<th>Patients held out</th></tr></thead><tbody>{body}</tbody></table>"
+        "<table><thead><tr><th></th><th class='n'>AUROC</th><th></th><th class='n'>Accuracy</th>"
+        f"<th class='n'>Patients held out</th></tr></thead><tbody>{body}</tbody></table>"
         f'<p class="soft">Measured on {escape(evaluation["on"])}.{note}</p>'
     )
 

@@ -13,10 +13,12 @@ from fedward.core.arrays import write_golden
 from fedward.core.fields import Field, ModelSignature
 from fedward.core.identity import Identity
 from fedward.core.study import Study
+from fedward.server.bom import bill_of_materials
 from fedward.server.card import card_html, card_json
 from fedward.server.registry import Registry
 from fedward.server.statement import privacy_statement
 from fedward.server.units import conversions
+from fedward.server.variants import make_variants
 
 if TYPE_CHECKING:
     from torch import nn
@@ -82,6 +84,7 @@ def publish(
         **training,
     }
     onnx = task.export_onnx(model, fitted)
+    variants = make_variants(onnx, num_parameters=parameters.size)
     inputs = golden_inputs(task.schema.features, seed=study.hash)
     golden = write_golden(inputs, _expected(task, model, inputs, fitted))
     weights = save(to_named(model), metadata={"format": "np"})
@@ -96,8 +99,9 @@ def publish(
         )
         card = card_json(signature, statement=statement, metrics=metrics, training=facts)
         watched = {} if monitor is None else {"monitor.json": _pretty(dict(monitor))}
-        return {
+        files = {
             **watched,
+            **variants,
             "model.safetensors": weights,
             "model.onnx": onnx,
             "signature.json": _pretty(signature.to_json()),
@@ -107,6 +111,8 @@ def publish(
             "training.json": _pretty(facts),
             "golden.npz": golden,
         }
+        bill = bill_of_materials(signature, files, training=facts)
+        return {**files, "bom.cdx.json": _pretty(bill)}
 
     return Registry(registry).add(study.study.name, build, identity=identity)
 

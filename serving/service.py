@@ -163,6 +163,7 @@ class Service:
         return {
             "model": signature.model,
             "version": signature.version,
+            "variants": [asdict(one) for one in live.engine.measured],
             "drift": [asdict(shift) for shift in live.drift.shifts()],
             "calibration": calibration,
         }

@@ -1,6 +1,8 @@
 """The publisher: what a trained heart-disease model becomes."""
 
 import json
+import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from fedward.core.canonical import digest
 from fedward.core.identity import Identity
 from fedward.core.release import read_release
 from fedward.core.study import Study, parse_study
@@ -110,7 +113,7 @@ def test_versions_rise_by_one_and_equal_arguments_give_equal_files(
 
     assert (first.name, second.name) == ("1", "2")
     assert Registry(tmp_path).versions("heart-disease") == (1, 2)
-    stamped = {"signature.json", "card.json", "card.html", "model.sig"}
+    stamped = {"signature.json", "card.json", "card.html", "bom.cdx.json", "model.sig"}
     for path in first.iterdir():
         assert path.name in stamped or path.read_bytes() == (second / path.name).read_bytes()
 
@@ -205,3 +208,44 @@ def test_golden_inputs_are_within_the_schema_and_repeatable() -> None:
             field.check(float(value))
     np.testing.assert_array_equal(inputs, golden_inputs(features, seed="a"))
     assert np.isnan(inputs).any()
+
+
+def test_the_bill_of_materials_lists_every_other_file_with_its_digest(
+    tmp_path: Path, study: Study, parameters: NDArray[np.float32]
+) -> None:
+    folder = _publish(tmp_path, study, parameters)
+    bill = json.loads((folder / "bom.cdx.json").read_text())
+
+    listed = {
+        part["name"]: part["hashes"][0]["content"]
+        for part in bill["metadata"]["component"]["components"]
+    }
+    others = [p for p in folder.iterdir() if p.name not in ("bom.cdx.json", "model.sig")]
+    assert listed == {path.name: digest(path.read_bytes()) for path in others}
+    assert "pkg:pypi/torch@2.13.0" in {part["purl"] for part in bill["components"]}
+
+
+@pytest.mark.e2e
+def test_the_bill_of_materials_is_valid_by_its_schema(
+    tmp_path: Path, study: Study, parameters: NDArray[np.float32]
+) -> None:
+    python = os.environ.get("FEDWARD_CYCLONEDX_PYTHON")
+    if python is None:
+        pytest.skip("FEDWARD_CYCLONEDX_PYTHON names a Python with cyclonedx-python-lib")
+    folder = _publish(tmp_path, study, parameters)
+    script = (
+        "import sys\n"
+        "from cyclonedx.schema import SchemaVersion\n"
+        "from cyclonedx.validation.json import JsonStrictValidator\n"
+        "text = open(sys.argv[1]).read()\n"
+        "sys.exit(str(JsonStrictValidator(SchemaVersion.V1_6).validate_str(text) or '') or 0)"
+    )
+
+    done = subprocess.run(
+        [python, "-c", script, str(folder / "bom.cdx.json")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert done.returncode == 0, done.stderr

@@ -25,7 +25,9 @@ function driftTable(drift) {
   if (!drift.length) return make("p", "Drift: this release has no reference, or nobody asked yet.", "soft");
   const table = make("table");
   const head = table.createTHead().insertRow();
-  for (const name of ["Field", "PSI", "KS", "Values"]) head.append(make("th", name));
+  for (const name of ["Field", "PSI", "KS", "Values"]) {
+    head.append(make("th", name, name === "Field" ? "" : "number"));
+  }
   const body = table.createTBody();
   for (const shift of drift.slice(0, 8)) {
     const row = body.insertRow();
