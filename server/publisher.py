@@ -57,7 +57,8 @@ def publish(
         fitted: What the task's preparation was fitted to; None for the schema's public ranges.
         privacy: What was accounted for; see `statement.privacy_statement`.
         metrics: As in a run's `metrics.json`: `pooled`, `mean`, `worst`, `sites`.
-        training: Facts of the run for `training.json`, such as versions, rounds and sites.
+        training: Facts of the run for `training.json`, such as rounds, sites, and versions, or a
+            run's manifest that holds them.
         identity: The publisher's ECDSA P-256 identity.
         monitor: Histograms of the inputs and predictions, made under differential privacy, for
             the adapter to watch for drift; the form is that of `serving.drift`.
@@ -81,6 +82,7 @@ def publish(
         "study_hash": study.hash,
         "agreed": study.agreed(),
         "prepared_with": None if fitted is None else dict(fitted),
+        "versions": dict(training.get("manifest", {}).get("versions", {})),
         **training,
     }
     onnx = task.export_onnx(model, fitted)
