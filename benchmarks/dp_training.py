@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from fedward.client.training import Private, TrainingPlan, train
 from fedward.client.training.session import session
-from fedward.privacy.mechanisms.noise import NoiseSource, secure_source, simulated_source
+from fedward.privacy.mechanisms import NoiseSource, secure_source, simulated_source
 
 CLIP_NORM, NOISE_MULTIPLIER, LEARNING_RATE, MOMENTUM = 1.0, 1.0, 0.05, 0.9
 EPOCH_STEPS = 8  # an epoch is this many expected batches

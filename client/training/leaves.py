@@ -23,6 +23,7 @@ Sums = Mapping[str, Tensor]
 # Of a Gram sum that cancels to less than this share of its terms, float32 leaves too few
 # digits: an adversarial record could pass for shorter than it is.
 _CANCELLATION = 1e-3
+_KEPT = 2**21  # numbers, 8 MiB
 _ROUNDING = 2.0**-20  # 16 units in the last place of float32
 
 
@@ -91,14 +92,16 @@ def _linear(layer: nn.Linear, calls: Sequence[Call], records: int) -> Part:
     squared: Tensor | float = 0.0
     gradients: Tensor | None = None
     if trained:
-        positions = a.shape[1]
-        if positions * (layer.in_features + layer.out_features) < (
-            layer.in_features * layer.out_features
-        ):
+        size = layer.in_features * layer.out_features
+        # Kept gradients make the sum almost free, while they fit into the cache.
+        keep = len(a) * size <= _KEPT or (
+            a.shape[1] * (layer.in_features + layer.out_features) >= size
+        )
+        if not keep:
             squared = _gram(a, d)
         else:
             gradients = d.transpose(1, 2) @ a
-            squared = gradients.square().sum((1, 2))
+            squared = _squared(gradients)
     summed = d.sum(1) if biased else None
     if summed is not None:
         squared = squared + summed.square().sum(1)
@@ -137,6 +140,11 @@ def _linear_once(a: Tensor, d: Tensor, *, trained: bool, biased: bool) -> Part:
     return Part(torch.linalg.vecdot(d, d) * length, weighted)
 
 
+def _squared(values: Tensor) -> Tensor:
+    """Squared norms of rows, in one pass."""
+    return torch.linalg.vector_norm(values.flatten(1), dim=1).square()
+
+
 def _gram(a: Tensor, d: Tensor) -> Tensor:
     """Squared norms of sums of outer products, without making them.
 
@@ -169,7 +177,7 @@ def _embedding(layer: nn.Embedding, calls: Sequence[Call], records: int) -> Part
         scaled = (d * factors[:, None, None]).flatten(0, 1)
         return {"weight": total.index_add(0, tokens.flatten(), scaled)}
 
-    return Part(rows.square().sum((1, 2)), weighted)
+    return Part(_squared(rows), weighted)
 
 
 def _convolution(layer: nn.Conv1d | nn.Conv2d, calls: Sequence[Call], records: int) -> Part:
@@ -244,7 +252,7 @@ def _stored(weight: Tensor, gradients: Mapping[str, Tensor | None]) -> Part:
     kept = {name: value for name, value in gradients.items() if value is not None}
     squared: Tensor | None = None
     for value in kept.values():
-        norm = value.flatten(1).square().sum(1)
+        norm = _squared(value)
         squared = norm if squared is None else squared + norm
     if squared is None:
         raise ValueError("a layer without trained parameters has no share")

@@ -1,5 +1,6 @@
 """What a round of training holds while it runs."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -156,8 +157,9 @@ class Session:
         if batch.patients <= self._at_once:
             yield batch
             return
-        for start in range(0, batch.patients, self._at_once):
-            yield batch.part(start, min(batch.patients, start + self._at_once))
+        size = math.ceil(batch.patients / math.ceil(batch.patients / self._at_once))
+        for start in range(0, batch.patients, size):
+            yield batch.part(start, min(batch.patients, start + size))
 
     def step(self, noise: NoiseSource) -> None:
         """Draw a batch and take a step."""
