@@ -5,7 +5,8 @@
 CPU time of a step on a given batch, of an epoch end to end (each with its own loader), and peak
 memory; medians over interleaved repetitions, and ratios to the reference named in each bar. Both
 Fedward and the references run on one thread. "fedward" draws its noise from the cryptographic
-source; "fedward-simulated" from the seeded one. Models are in `dp_models.py`.
+source, on which the bars are; "fedward-simulated" from the seeded one, and "fedward-randn" from
+`torch.randn`, which protects nothing but is what Opacus does. Models are in `dp_models.py`.
 """
 
 import argparse
@@ -20,19 +21,22 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
+import numpy as np
 import torch
 from dp_models import FAMILIES, Family
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 from fedward.client.training import Private, TrainingPlan, train
+from fedward.client.training.prefetch import drawing_ahead
 from fedward.client.training.session import session
-from fedward.privacy.mechanisms import NoiseSource, secure_source, simulated_source
+from fedward.privacy.mechanisms import NoiseSource, add_noise, secure_source, simulated_source
 
 CLIP_NORM, NOISE_MULTIPLIER, LEARNING_RATE, MOMENTUM = 1.0, 1.0, 0.05, 0.9
-EPOCH_STEPS = 8  # an epoch is this many expected batches
+EPOCH_STEPS = 4  # an epoch is this many expected batches
 Step = Callable[[], object]
 
 # Over plain torch, CPU time of a step, by family and batch.
@@ -112,8 +116,9 @@ def fedward_step(source: NoiseSource) -> Callable[[Family, int, ExitStack], Step
     def make(family: Family, batch: int, stack: ExitStack) -> Step:
         plan = plan_of(batch, steps=1, sample_rate=1.0)
         work = stack.enter_context(session(family.build(), loss_of, family.examples(batch), plan))
-        drawn = work.draw(source)
-        return lambda: work.take(drawn, source)
+        ahead = drawing_ahead(source, steps=1000)  # as `train` does
+        drawn = work.draw(ahead)
+        return lambda: work.take(drawn, ahead)
 
     return make
 
@@ -185,10 +190,25 @@ def vmap_step(family: Family, batch: int, _stack: ExitStack) -> Step:
     return step
 
 
+class RandnSource:
+    """torch.randn: protects nothing; what a step costs with noise as cheap as Opacus' own."""
+
+    private = False
+
+    def gaussian(self, size: int, *, std: float) -> NDArray[np.float32]:
+        """See `NoiseSource`."""
+        return torch.randn(size).mul_(std).numpy()
+
+    def uniform(self, size: int) -> NDArray[np.float64]:
+        """See `NoiseSource`."""
+        return torch.rand(size, dtype=torch.float64).numpy()
+
+
 STEPS: dict[str, Callable[[Family, int, ExitStack], Step]] = {
     "plain": plain_step,
     "fedward": fedward_step(secure_source()),
     "fedward-simulated": fedward_step(simulated_source(1)),
+    "fedward-randn": fedward_step(RandnSource()),
     "opacus-hooks": opacus_step("hooks"),
     "opacus-ghost": opacus_step("ghost"),
     "opacus-functorch": opacus_step("functorch"),
@@ -256,17 +276,20 @@ EPOCHS: dict[str, Callable[[Family, int], Step]] = {
 # ---- measuring
 
 
-def timed(made: Mapping[str, Step], *, seconds: float) -> dict[str, float]:
-    """Median CPU milliseconds of each, in turns, so that a busy machine hits all alike."""
+def timed(made: Mapping[str, Step], *, seconds: float, turns: int = 3) -> dict[str, float]:
+    """Median CPU milliseconds of each, in turns, so that a busy machine hits all alike.
+
+    Each has `seconds` of CPU time, and at least `turns` turns.
+    """
     times: dict[str, list[float]] = {name: [] for name in made}
-    for step in made.values():
-        step()
-    deadline = time.perf_counter() + seconds
-    while time.perf_counter() < deadline or len(times["plain"]) < 5:
-        for name, step in made.items():
+    going = dict(made)
+    while going:
+        for name, step in list(going.items()):
             start = time.process_time_ns()
             step()
             times[name].append((time.process_time_ns() - start) / 1e6)
+            if sum(times[name]) > seconds * 1e3 and len(times[name]) >= turns:
+                del going[name]
     return {name: statistics.median(values) for name, values in times.items()}
 
 
@@ -318,26 +341,46 @@ def _status(key: str) -> int:
     raise OSError(f"no {key} in /proc/self/status")
 
 
-def measure(name: str, batch: int, *, seconds: float) -> dict[str, object]:
+def measure(name: str, batch: int, *, seconds: float, quick: bool) -> dict[str, object]:
     """All figures of one family at one batch size."""
-    family = FAMILIES[name]
+    family, turns = FAMILIES[name], 2 if quick else 5
     torch.manual_seed(0)
-    memory = {engine: peak_mb(make, family, batch) for engine, make in STEPS.items()}
+    makers = {k: v for k, v in STEPS.items() if not quick or k not in _SLOW}
+    memory = {} if quick else {k: peak_mb(make, family, batch) for k, make in makers.items()}
     with ExitStack() as stack:
-        steps, failed = build_all(STEPS, family, batch, stack)
-        step_ms = timed(steps, seconds=seconds)
-    epochs, _ = build_all(EPOCHS, family, batch)
-    epoch_ms = timed(epochs, seconds=seconds)
+        steps, failed = build_all(makers, family, batch, stack)
+        step_ms = timed(steps, seconds=seconds, turns=turns)
+    best = min((k for k in step_ms if k.startswith("opacus")), key=lambda k: step_ms[k])
+    chosen = {
+        k: v
+        for k, v in EPOCHS.items()
+        if k == best or not (k.startswith("opacus") if quick else k in failed)
+    }
+    epochs, _ = build_all(chosen, family, batch)
+    epoch_ms = timed(epochs, seconds=seconds, turns=turns)
+    parameters = sum(p.numel() for p in family.build().parameters())
     return {
         "family": name,
         "batch": batch,
+        "parameters": parameters,
         "step_ms": _rounded(step_ms),
         "step_over_plain": _rounded({k: v / step_ms["plain"] for k, v in step_ms.items()}),
+        "noise_over_plain": round(_noise_ms(parameters) / step_ms["plain"], 3),
         "epoch_ms": _rounded(epoch_ms),
         "epoch_over_plain": _rounded({k: v / epoch_ms["plain"] for k, v in epoch_ms.items()}),
         "peak_mb": {k: None if math.isnan(v) else round(v, 1) for k, v in memory.items()},
         "does_not_run": failed,
     }
+
+
+_SLOW = ("opacus-functorch", "fedward-simulated", "vmap-grad")
+
+
+def _noise_ms(parameters: int) -> float:
+    """What the cryptographic noise of a step costs by itself."""
+    source, total = secure_source(), np.zeros(parameters, dtype=np.float32)
+    made = {"noise": lambda: add_noise(total, std=1.0, source=source)}
+    return timed(made, seconds=0.05)["noise"]
 
 
 def _rounded(values: Mapping[str, float]) -> dict[str, float]:
@@ -391,7 +434,7 @@ def main() -> None:
     rows = []
     for family in args.family or FAMILIES:
         for batch in args.batch or (64, 512):
-            row = measure(family, batch, seconds=0.5 if args.quick else 4.0)
+            row = measure(family, batch, seconds=0.05 if args.quick else 3.0, quick=args.quick)
             rows.append(row)
             print(
                 f"{family:12} {batch:4}  "
