@@ -387,3 +387,49 @@ def test_a_record_whose_terms_cancel_does_not_pass_for_shorter() -> None:
     total = BookKeeping(nn.Sequential(layer), loss, trained)(batch, clip_norm=1.0).total
 
     assert float(total.norm()) <= 1 + 1e-4
+
+
+@pytest.mark.parametrize("kind", ["hooks", "functorch", "ghost"])
+def test_a_changed_clip_norm_bounds_the_very_next_sum(kind: str) -> None:
+    """Opacus 1.6: the ghost module keeps its own bound when a scheduler changes the optimizer's."""
+    batch = batch_of("perceptron", rows=1)
+    clipper = made(KINDS[kind], model_of("perceptron").train())
+
+    for clip_norm in (1.0, 0.01, 0.3):
+        norm = float(clipper(batch, clip_norm=clip_norm).total.norm())
+        assert norm == pytest.approx(clip_norm, rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["hooks", "functorch", "ghost"])
+def test_modes_of_opacus_are_taken_off_the_model_again(kind: str) -> None:
+    model = model_of("perceptron").train()
+    clipper = made(KINDS[kind], model)
+    clipper(batch_of("perceptron"), clip_norm=1.0)
+
+    clipper.close()
+
+    assert not any(m._forward_hooks or m._backward_hooks for m in model.modules())
+    assert not any(hasattr(p, "grad_sample") for p in model.parameters())
+    made(KINDS[kind], model).close()  # and can be put on once more
+
+
+@pytest.mark.parametrize("records", [1, 4])
+def test_a_loss_may_bring_its_derivative(records: int) -> None:
+    def with_derivative(outputs: Tensor, labels: Tensor) -> Tensor:
+        return cross_entropy(outputs, labels)
+
+    calls = []
+
+    def output_gradient(outputs: Tensor, labels: Tensor) -> Tensor:
+        calls.append(len(outputs))
+        return torch.softmax(outputs, 1) - functional.one_hot(labels, 3)
+
+    with_derivative.output_gradient = output_gradient  # type: ignore[attr-defined]  # optional
+    model, batch = model_of("logistic"), batch_of("logistic", records=records)
+    trained = list(model.parameters())
+
+    plain = ClosedForm(model, cross_entropy, trained)(batch, clip_norm=0.3).total.clone()
+    quick = ClosedForm(model, with_derivative, trained)(batch, clip_norm=0.3).total
+
+    torch.testing.assert_close(quick, plain, atol=1e-6, rtol=0)
+    assert calls == [8]

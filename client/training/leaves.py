@@ -142,7 +142,8 @@ def _linear_once(a: Tensor, d: Tensor, *, trained: bool, biased: bool) -> Part:
 
 def _squared(values: Tensor) -> Tensor:
     """Squared norms of rows, in one pass."""
-    return torch.linalg.vector_norm(values.flatten(1), dim=1).square()
+    norms: Tensor = torch.linalg.vector_norm(values.flatten(1), dim=1)
+    return norms.square()
 
 
 def _gram(a: Tensor, d: Tensor) -> Tensor:

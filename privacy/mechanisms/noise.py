@@ -15,6 +15,7 @@ the 2**128 outputs of the sampler, so which values occur says nothing, and the p
 rounded away: of a pair's 106 bits, about 35 are released.
 """
 
+import math
 from typing import Any, Protocol
 
 import numpy as np
@@ -70,7 +71,7 @@ def add_noise(
         ValueError: `std` is not positive and finite, or `vector` is not finite: an infinite or
             NaN element would show through any noise.
     """
-    if not (std > 0 and np.isfinite(std)):
+    if not (std > 0 and math.isfinite(std)):
         raise ValueError(f"std must be positive and finite, got {std}")
     flat: NDArray[Any] = np.ascontiguousarray(vector).reshape(-1)
     released = np.empty(flat.size, dtype=np.float32)
@@ -90,5 +91,5 @@ def add_noise(
 
 def grid_step(std: float) -> float:
     """The power of two whose multiples are released under noise of standard deviation `std`."""
-    exponent = int(np.floor(np.log2(std))) - GRID_BITS
-    return float(np.ldexp(1.0, exponent))
+    exponent = math.frexp(std)[1] - 1  # of the power of two at or below `std`
+    return math.ldexp(1.0, exponent - GRID_BITS)
