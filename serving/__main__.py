@@ -1,7 +1,8 @@
 """`python -m fedward.serving`: the adapter alone, for a machine without the rest.
 
-`--store DIR` serves; `keys add|revoke|list --store DIR` looks after who may ask; `log verify
---store DIR` checks the audit log.
+`--store DIR` serves; `keys add|revoke|list --store DIR` looks after who may ask; `approve` and
+`decline --store DIR --by NAME MODEL VERSION` decide on what waits; `log verify --store DIR` checks
+the audit log.
 """
 
 import argparse
@@ -25,6 +26,8 @@ def main(arguments: list[str] | None = None) -> int:
                 _keys(words[1:])
             case ["log"]:
                 _log(words[1:])
+            case ["approve" | "decline"]:
+                _decide(words)
             case _:
                 _serve(words)
     except (FedwardError, OSError, ValueError) as error:
@@ -86,6 +89,18 @@ def _log(words: list[str]) -> None:
     _store_option(parser)
     lines, head = verify_log(parser.parse_args(words).store / "state" / "audit.jsonl")
     print(f"{lines} lines verify; head {head}")
+
+
+def _decide(words: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m fedward.serving")
+    parser.add_argument("do", choices=("approve", "decline"))
+    _store_option(parser)
+    parser.add_argument("--by", required=True, help="your name; it is kept")
+    parser.add_argument("model")
+    parser.add_argument("version", type=int)
+    chosen = parser.parse_args(words)
+    store = Store(chosen.store)
+    store.decide(chosen.model, chosen.version, by=chosen.by, approve=chosen.do == "approve")
 
 
 def _store_option(parser: argparse.ArgumentParser) -> None:

@@ -215,6 +215,16 @@ async def _roll_back(request: Request) -> Answer:
     return answer_json(await request.service.roll_back(model, caller=request.caller))
 
 
+async def _decide(request: Request) -> Answer:
+    value = parse_json(await request.body())
+    model, verb = str(request.parts[0]), request.parts[1]
+    return answer_json(
+        await request.service.decide(
+            model, value.get("version"), caller=request.caller, approve=verb == "approve"
+        )
+    )
+
+
 _PAGE_TYPES = {
     "index.html": b"text/html; charset=utf-8",
     "page.css": b"text/css; charset=utf-8",
@@ -276,6 +286,7 @@ ROUTES = (
     _route("metrics", "GET", "/metrics", _metrics, _WATCHING),
     _route("monitor", "GET", rf"/monitor(?:/{_NAME})?", _monitor, _WATCHING),
     _route("status", "GET", "/status", _status, _WATCHING),
+    _route("decide", "POST", rf"/manage/models/{_NAME}/(approve|decline)", _decide, _OPERATOR),
     _route("page", "GET", r"/(page\.css|page\.js|index\.html)?", _page, None),
     _route("roll-back", "POST", rf"/manage/models/{_NAME}/roll-back", _roll_back, _OPERATOR),
 )

@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedward.core.errors import FedwardError
 from fedward.serving import clinical
+from fedward.serving.approval import waiting
 from fedward.serving.audit import AuditLog
 from fedward.serving.catalogue import Catalogue, Live
 from fedward.serving.explain import explain, explanation_json
@@ -195,12 +197,32 @@ class Service:
             raise Problem(403, "roll-back needs API keys: make one with the role operator")
         try:
             served = await asyncio.to_thread(self.store.roll_back, model)
-        except Exception as error:
+        except FedwardError as error:
             raise Problem(409, str(error)) from error
         if self.audit is not None:
             self.audit.append("roll-back", model=model, version=served.version, caller=caller.name)
             await asyncio.to_thread(self.audit.flush)
         return {"model": model, "version": served.version}
+
+    async def decide(
+        self, model: str, version: object, *, caller: Caller, approve: bool
+    ) -> dict[str, Any]:
+        """Approve or decline what waits, in the caller's name. Raises `Problem`."""
+        if caller is ANYONE or self.store is None:
+            raise Problem(403, "approval needs API keys: make one with the role operator")
+        if not isinstance(version, int) or isinstance(version, bool):
+            raise Problem(422, "version must be a whole number", field="version", allowed="from 1")
+        try:
+            await asyncio.to_thread(
+                self.store.decide, model, version, by=caller.name, approve=approve
+            )
+        except FedwardError as error:
+            raise Problem(409, str(error)) from error
+        action = "approved" if approve else "declined"
+        if self.audit is not None:
+            self.audit.append(action, model=model, version=version, caller=caller.name)
+            await asyncio.to_thread(self.audit.flush)
+        return {"model": model, "version": version, action: True}
 
     def told(self, action: str, *, model: str, version: int, reason: str = "") -> None:
         """Of a swap by the watcher, from its thread."""
@@ -254,8 +276,14 @@ class Service:
             "requests": self.telemetry.requests(),
             "alarms": self.alarms[-20:],
             "stale": self.stale,
+            "waiting": {} if self.store is None else self._waiting(self.store),
             "audit_head": None if self.audit is None else self.audit.head,
         }
+
+    @staticmethod
+    def _waiting(store: Store) -> dict[str, int]:
+        entries = waiting(store.folder)
+        return {name: entry.version for name, entry in entries.items() if not entry.declined}
 
     def _receipt_maker(self) -> Receipts | None:
         if self._receipts is None and self.state is not None:

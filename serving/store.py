@@ -6,6 +6,7 @@ Layout::
     STORE/releases/MODEL/VERSION/       a release, as verified, with its bundle
     STORE/serving.json                  model -> version served, version before, highest ever
     STORE/refused.jsonl                 what was refused, when and why
+    STORE/waiting.json                  what waits for a person's approval; see `approval`
 
 A release is served only through `serving.json`, which is replaced in one step. A crash at any
 point leaves the old version or the new one serving, never none and never half of one.
@@ -19,13 +20,20 @@ import secrets
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from fedward.core.errors import FedwardError, ReleaseRejected, SignatureInvalid
 from fedward.core.files import sync_folder, write_atomic
 from fedward.core.identity import PublicIdentity
 from fedward.core.release import Release, read_release, write_verified
+from fedward.serving.approval import (
+    Waiting,
+    needs_approval,
+    record_decision,
+    waiting,
+    write_waiting,
+)
 from fedward.serving.engine import Engine, start_engine
 
 
@@ -57,7 +65,8 @@ class Store:
     def install(self, release_folder: Path, trusted: PublicIdentity) -> Release:
         """Verify a release, keep a copy of what was verified, and serve it from now on.
 
-        To install what is served already changes nothing.
+        Where the hospital's policy asks for an approver, it waits for `decide` instead. To install
+        what is served or waits already changes nothing.
 
         Args:
             release_folder: Where the release is; it is only read.
@@ -74,9 +83,10 @@ class Store:
             try:
                 self._check_pin(trusted)
                 release = read_release(release_folder, trusted)
-                if self._serves(release):
+                if self._serves(release) or self._waits(release):
                     return release
                 self._check_newer(release)
+                held = needs_approval(self.folder)
                 start_engine(release)
             except FedwardError as error:
                 self._refuse(release_folder, error)
@@ -84,8 +94,47 @@ class Store:
             if not self._pin.exists():
                 write_atomic(self._pin, trusted.pem())
             self._keep(release)
-            self._promote(release)
+            if held:
+                signature = release.signature
+                entry = Waiting(signature.version, release.digest)
+                write_waiting(self.folder, {**waiting(self.folder), signature.model: entry})
+            else:
+                self._promote(release)
         return release
+
+    def decide(self, model: str, version: int, *, by: str, approve: bool) -> None:
+        """Approve or decline the release that waits; approved, it is served from now on.
+
+        Args:
+            model: Which model.
+            version: Which version; it must be the one that waits.
+            by: Who decides, by name; kept in `approvals.jsonl`.
+            approve: False declines it for good: it is not installed again.
+
+        Raises:
+            ReleaseRejected: No such version waits, or it no longer verifies.
+            ValueError: Nobody is named.
+        """
+        if not by.strip():
+            raise ValueError("an approval needs a name")
+        with self._locked():
+            entries = waiting(self.folder)
+            entry = entries.get(model)
+            if entry is None or entry.version != version or entry.declined:
+                raise ReleaseRejected(
+                    release=f"{model}/{version}", reason="it does not wait for approval"
+                )
+            if approve:
+                release = self.load(model, version).release
+                if release.digest != entry.digest:
+                    raise ReleaseRejected(release=release.label, reason="it is another than waited")
+            record_decision(self.folder, model=model, entry=entry, by=by, approved=approve)
+            if approve:
+                self._promote(release)
+                del entries[model]
+            else:
+                entries[model] = replace(entry, declined=True)
+            write_waiting(self.folder, entries)
 
     def newest(self, model: str | None = None) -> Engine:
         """The release to serve, verified again and running.
@@ -176,6 +225,16 @@ class Store:
         if served is None or served.version != version:
             return False
         return read_release(self.path(model, version), self.trusted()).digest == release.digest
+
+    def _waits(self, release: Release) -> bool:
+        entry = waiting(self.folder).get(release.signature.model)
+        if entry is None or release.signature.version > entry.version:
+            return False
+        if entry.declined or release.digest != entry.digest:
+            raise ReleaseRejected(
+                release=release.label, reason=f"version {entry.version} was declined or waits"
+            )
+        return True
 
     def _check_newer(self, release: Release) -> None:
         model, version = release.signature.model, release.signature.version

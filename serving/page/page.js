@@ -75,6 +75,9 @@ async function rollBack(model) {
 
 function showAlarms(status) {
   const found = [...status.alarms];
+  for (const [model, version] of Object.entries(status.waiting)) {
+    found.push(`${model} version ${version} waits for approval`);
+  }
   if (status.stale) found.push(`Stale: ${status.stale}`);
   for (const model of status.models) {
     for (const shift of model.drift.filter((one) => one.alarm)) {
