@@ -13,8 +13,8 @@ from fedward.client.admission import check_policy
 from fedward.client.local_site import Admitted, LocalSite
 from fedward.client.outbox import Kept
 from fedward.client.plan import plan_site, training_plan
-from fedward.client.secure import MaskedRound
-from fedward.client.training import train
+from fedward.client.secure import MaskedRound, forget
+from fedward.client.training import sampled_clipped_sum, train
 from fedward.core.canonical import canonical_json, digest
 from fedward.core.errors import AdmissionRefused, BudgetExceeded, ConfigError, UpdateRejected
 from fedward.core.identity import PublicIdentity
@@ -24,6 +24,7 @@ from fedward.core.toml import build
 from fedward.privacy.ledger import Reservation
 from fedward.privacy.mechanisms import add_noise
 from fedward.strategies.strategy import Vector
+from fedward.tasks.parameters import to_vector
 from fedward.tasks.registry import get_task
 from fedward.tasks.task import Examples, Sums, Task
 from fedward.transport.payload import Payload
@@ -44,9 +45,11 @@ def admit_study(site: LocalSite, request: Payload) -> Payload:
         raise UpdateRejected(site="coordinator", reason="the study does not have its hash")
     check_policy(site.site, study)
     task = get_task(study.study.task)
-    task.model(study.model.name, **study.model.args)
+    size = to_vector(task.model(study.model.name, **study.model.args)).size
     site.examples(task, study)
-    admitted = Admitted(study, plan_site(study, site.site))
+    roster = site.roster() if study.aggregation.secure else None
+    plan = plan_site(study, site.site, sites=len(roster or ()), size=size)
+    admitted = Admitted(study, plan)
     head = None
     if study.privacy.mode != "none":
         site.budget(admitted).allot()
@@ -97,14 +100,17 @@ def train_round(site: LocalSite, request: Payload) -> Payload:
         AdmissionRefused, BudgetExceeded, UpdateRejected: Nothing was trained.
     """
     begun = begin_round(site, request)
-    update = begun.again
-    if update is None:
-        study = begun.admitted.study
-        task, model = site.model(study, begun.parameters)
-        training, _ = site.examples(task, study)
-        plan = training_plan(study, begun.admitted.plan)
-        noise = site.source(study, "train", begun.number)
-        update = train(model, task.loss, training, plan=plan, noise=noise).update
+    if begun.again is not None:
+        return finish_round(site, begun, begun.again)
+    study = begun.admitted.study
+    task, model = site.model(study, begun.parameters)
+    training, _ = site.examples(task, study)
+    plan = training_plan(study, begun.admitted.plan)
+    noise = site.source(study, "train", begun.number)
+    if study.privacy.mode == "distributed":
+        total, _ = sampled_clipped_sum(model, task.loss, training, plan=plan, noise=noise)
+        return _finish_shared(site, begun, total)
+    update = train(model, task.loss, training, plan=plan, noise=noise).update
     return finish_round(site, begun, update)
 
 
@@ -172,6 +178,18 @@ def finish_round(site: LocalSite, begun: Round, update: Vector) -> Payload:
     return Payload({"site": site.name, "round": begun.number}, {"update": update})
 
 
+def _finish_shared(site: LocalSite, begun: Round, total: Vector) -> Payload:
+    """Put the site's share of noise into its sum, mask it, settle; then it may leave."""
+    if begun.masked is None or begun.reservation is None:
+        raise UpdateRejected(
+            site="coordinator", reason="a share of the noise protects under secure aggregation only"
+        )
+    answer = begun.masked.mask(total, weight=begun.admitted.plan.weight)
+    sent = digest(answer.arrays["masked"].tobytes())
+    site.ledger.settle(begun.reservation, update_digest=sent)
+    return answer
+
+
 def evaluate_release(site: LocalSite, request: Payload) -> Payload:
     """Metrics of a model on the held-out patients, as sums, and what the run has cost.
 
@@ -185,6 +203,7 @@ def evaluate_release(site: LocalSite, request: Payload) -> Payload:
     admitted = site.admitted(str(request.record.get("hash")))
     study = admitted.study
     task, model = site.model(study, request.arrays.get("parameters"))
+    forget(site, study)
     _, held_out = site.examples(task, study)
     exact = evaluate_model(task, model, held_out)
     if study.privacy.mode == "none":

@@ -9,6 +9,7 @@ from fedward.core.errors import AdmissionRefused
 from fedward.core.site import Site
 from fedward.core.study import Study
 from fedward.privacy.accounting import calibrate
+from fedward.transport.sums import distributed_mechanism
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,7 +21,8 @@ class SitePlan:
         sample_rate: Poisson inclusion probability of a patient in a step.
         steps: Steps of a round.
         rounds: Rounds of the run.
-        noise_multiplier: Noise standard deviation over clip norm; 0 only in mode "none".
+        noise_multiplier: Noise standard deviation over clip norm, of the site's own noise or, in
+            mode "distributed", of that in the sum of the fewest sites; 0 only in mode "none".
     """
 
     weight: float
@@ -39,13 +41,20 @@ class SitePlan:
         return asdict(self)
 
 
-def plan_site(study: Study, site: Site) -> SitePlan:
+def plan_site(study: Study, site: Site, *, sites: int = 0, size: int = 0) -> SitePlan:
     """Solve the study for a site: noise that keeps the whole run within its epsilon.
 
     Every number comes from the study or the site's public declarations, none from the patients.
 
+    Args:
+        study: What is asked.
+        site: Who is asked.
+        sites: Sites in the roster; mode "distributed" divides the noise among them.
+        size: Number of parameters; likewise.
+
     Raises:
-        AdmissionRefused: The study's batch is larger than the site.
+        AdmissionRefused: The study's batch is larger than the site, or the consortium is too
+            small for it.
     """
     training = study.training
     weight = site.data.public_size * (1 - site.data.held_out)
@@ -65,7 +74,14 @@ def plan_site(study: Study, site: Site) -> SitePlan:
     else:
         steps = max(1, math.ceil((training.local_epochs or 1.0) / sample_rate))
     noise_multiplier = 0.0
-    if study.privacy.mode != "none":
+    if study.privacy.mode == "distributed":
+        try:
+            noise_multiplier = distributed_mechanism(study, sites=sites, size=size).noise_multiplier
+        except ValueError as error:
+            raise AdmissionRefused(
+                site=site.name, policy="[policy] roster", reason=str(error)
+            ) from error
+    elif study.privacy.mode != "none":
         noise_multiplier = calibrate(
             epsilon=study.privacy.epsilon or 0.0,
             delta=study.privacy.delta,

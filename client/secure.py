@@ -15,12 +15,11 @@ from fedward.client.local_site import Admitted, LocalSite
 from fedward.core.errors import AdmissionRefused, UpdateRejected
 from fedward.core.files import write_atomic
 from fedward.core.study import Study
-from fedward.privacy.mechanisms.encoding import FixedPoint
 from fedward.privacy.mechanisms.stream import BitStream
 from fedward.privacy.secagg import SiteSession, Terms
 from fedward.strategies.strategy import Vector
 from fedward.transport.payload import Payload
-from fedward.transport.sums import sum_encoding, to_summand
+from fedward.transport.sums import sum_codec
 
 _COORDINATOR = "coordinator"
 
@@ -37,14 +36,17 @@ def send_key(site: LocalSite, request: Payload) -> Payload:
     except (KeyError, TypeError, ValueError) as error:
         raise UpdateRejected(site=_COORDINATOR, reason=f"its terms are wrong: {error}") from error
     kept = _load(site, admitted.study)
-    if kept is not None and kept["terms"] == terms.to_json():
+    if kept is not None and kept.get("terms") == terms.to_json():
         session = _thaw(site, admitted.study, kept)
     else:
         session = _session(site, admitted.study, terms)
         # A new agreement does not reopen rounds that were answered under an older one.
         kept = {"terms": terms.to_json(), "last_round": 0 if kept is None else kept["last_round"]}
     _save(site, admitted.study, session, kept)
-    return _reply(site, key=session.key())
+    codec = sum_codec(admitted.study, sites=len(terms.sites), size=terms.length - 1)
+    reply = _reply(site, key=session.key())
+    # The scale of the integers is computed at both ends, and must be the same to the last bit.
+    return Payload({**reply.record, "granularity": codec.granularity.hex()}, reply.arrays)
 
 
 def send_shares(site: LocalSite, request: Payload) -> Payload:
@@ -96,33 +98,37 @@ class MaskedRound:
             )
         self._number = number
 
-    def mask(self, update: Vector, *, weight: float) -> Payload:
-        """The update and its weight, as one masked vector of integers."""
+    def mask(self, vector: Vector, *, weight: float) -> Payload:
+        """The site's vector and its weight, as one masked vector of integers.
+
+        Args:
+            vector: The update or, in mode "distributed", the sum of clipped gradients.
+            weight: The site's public number of training patients.
+        """
         study = self._admitted.study
-        encoding = sum_encoding(study, sites=len(self._kept["terms"]["sites"]), size=update.size)
-        vector = encoding.encode(
-            to_summand(study, update, weight), bits=self._bits(study, encoding)
-        )
+        codec = sum_codec(study, sites=len(self._kept["terms"]["sites"]), size=vector.size)
+        summand = codec.encode(vector, weight=weight, bits=self._bits(study))
         self._kept["last_round"] = self._number
-        masked = bytes(self._session.mask(vector))
+        masked = bytes(self._session.mask(summand))
         _save(self._site, study, self._session, self._kept)
         return Payload(
             {"site": self._site.name, "round": self._number},
             {"masked": np.frombuffer(masked, np.uint8)},
         )
 
-    def _bits(self, study: Study, encoding: FixedPoint) -> BitStream:
-        del encoding
+    def _bits(self, study: Study) -> BitStream:
         if self._site.simulated:
             seed = study.study.seed
-            return BitStream.simulated(seed, self._site.name, "rounding", self._number)
+            return BitStream.simulated(seed, self._site.name, "summand", self._number)
         return BitStream.secure()
 
 
 def forget(site: LocalSite, study: Study) -> None:
-    """Delete the session's keys: the run is over."""
+    """Delete the session's keys: the run is over. Its last round stays closed."""
+    kept = _load(site, study)
     site.sessions.pop(study.hash, None)
-    site.session_file(study).unlink(missing_ok=True)
+    if kept is not None:
+        _write(site, study, {"last_round": kept["last_round"]})
 
 
 def _admitted(site: LocalSite, request: Payload) -> Admitted:
@@ -135,7 +141,7 @@ def _admitted(site: LocalSite, request: Payload) -> Admitted:
 def _resume(site: LocalSite, request: Payload) -> tuple[Admitted, SiteSession, dict[str, Any]]:
     admitted = _admitted(site, request)
     kept = _load(site, admitted.study)
-    if kept is None:
+    if kept is None or "terms" not in kept:
         raise UpdateRejected(site=_COORDINATOR, reason="no keys were agreed on in this run")
     return admitted, _thaw(site, admitted.study, kept), kept
 
@@ -177,8 +183,11 @@ def _load(site: LocalSite, study: Study) -> dict[str, Any] | None:
 
 def _save(site: LocalSite, study: Study, session: SiteSession, kept: dict[str, Any]) -> None:
     site.sessions[study.hash] = session
-    file = site.session_file(study)
-    data = json.dumps({**kept, "session": session.freeze().decode()})
+    _write(site, study, {**kept, "session": session.freeze().decode()})
+
+
+def _write(site: LocalSite, study: Study, value: dict[str, Any]) -> None:
+    file, data = site.session_file(study), json.dumps(value)
     if not site.simulated:
         write_atomic(file, data, mode=0o600)
         return

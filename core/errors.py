@@ -110,12 +110,15 @@ class UpdateRejected(FedwardError):
 class AggregationAborted(FedwardError):
     """A round is void: too few sites are left. The budget counts as spent."""
 
-    def __init__(self, *, round_number: int, missing: Sequence[str], threshold: int) -> None:
+    def __init__(
+        self, *, round_number: int, missing: Sequence[str], threshold: int, reason: str = ""
+    ) -> None:
         self.round_number, self.missing, self.threshold = round_number, tuple(missing), threshold
+        why = f" ({reason})" if reason else ""
         super().__init__(
-            f"round {round_number} is void: {', '.join(missing) or 'nobody'} did not answer and at "
-            f"least {threshold} sites are needed; see why in the run's events.jsonl, then continue "
-            "with --resume"
+            f"round {round_number} is void: {', '.join(missing) or 'nobody'} did not answer{why} "
+            f"and at least {threshold} sites are needed; see the run's events.jsonl, then "
+            "continue with --resume"
         )
 
 

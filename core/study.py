@@ -74,7 +74,10 @@ class StrategySection(Section):
 
 
 class PrivacySection(Section):
-    """`[privacy]`: the guarantee of the whole run, per unit."""
+    """`[privacy]`: the guarantee of the whole run, per unit.
+
+    In mode "distributed" it holds against the coordinator together with `colluders` sites.
+    """
 
     mode: Mode
     unit: Unit = "patient"
@@ -82,6 +85,7 @@ class PrivacySection(Section):
     delta: float = Field(default=1e-5, gt=0, lt=1)
     clip_norm: float = Field(default=1.0, gt=0)
     max_records: int = Field(default=1, ge=1)
+    colluders: int = Field(default=0, ge=0)
     acknowledge: str | None = None
 
     @model_validator(mode="after")

@@ -50,6 +50,7 @@ def admit(
     nodes = channel.node_ids()
     members: dict[str, Member] = {}
     refused: list[str] = []
+    first = ""
     replies = channel.ask(
         "query.admit", dict.fromkeys(nodes, request), round_number=0, deadline=deadline
     )
@@ -64,6 +65,7 @@ def admit(
             refused.append(str(reply.node_id))
             reason = error.reason if isinstance(error, UpdateRejected) else str(error)
             run.event("refused", node=str(reply.node_id), reason=reason)
+            first = first or reason
             continue
         members[member.site] = member
         run.event("admitted", site=member.site, weight=member.weight, simulated=member.simulated)
@@ -72,6 +74,7 @@ def admit(
             round_number=0,
             missing=[f"node {node}" for node in refused],
             threshold=study.aggregation.min_sites,
+            reason=first,
         )
     return tuple(members[name] for name in sorted(members))
 

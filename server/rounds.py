@@ -106,12 +106,14 @@ def refuse_impossible(study: Study, roster: Roster | None) -> None:
             "[aggregation] secure = true shows only their sum; change one of the two lines",
             file="study",
         )
-    if study.privacy.mode in {"distributed", "central"}:
+    if study.privacy.mode == "central":
         raise ConfigError(
-            f'= "{study.privacy.mode}" cannot be run by this version; use mode = "local"',
+            '= "central" cannot be run by this version; use mode = "local" or "distributed"',
             file="study",
             key="[privacy] mode",
         )
+    if study.privacy.mode == "distributed":
+        _refuse_half_distributed(study)
     if study.aggregation.secure and roster is None:
         raise ConfigError(
             "= true needs the consortium's roster at the coordinator; give it with --roster",
@@ -124,6 +126,27 @@ def refuse_impossible(study: Study, roster: Roster | None) -> None:
             file="study",
             key="[privacy] unit",
         )
+
+
+def _refuse_half_distributed(study: Study) -> None:
+    training = study.training
+    wrong = {
+        "[aggregation] secure = true": not study.aggregation.secure,
+        "[training] local_steps = 1": training.local_steps != 1,
+        "[training] sample_rate, the same at every site": training.sample_rate is None,
+        '[training] optimizer = "sgd" without momentum and weight_decay': (
+            training.optimizer != "sgd" or training.momentum > 0 or training.weight_decay > 0
+        ),
+        '[privacy] unit = "patient" or "record"': study.privacy.unit == "site",
+    }
+    for needed, is_wrong in wrong.items():
+        if is_wrong:
+            raise ConfigError(
+                f'= "distributed" is DP-SGD on everybody\'s patients, a step a round; it needs '
+                f"{needed}",
+                file="study",
+                key="[privacy] mode",
+            )
 
 
 def _wait_for_sites(channel: Channel, settings: Settings) -> None:
@@ -181,18 +204,22 @@ def _one_round(
         {"parameters": state.parameters},
     )
     missing: list[str] = []
+    first = ""
     for member, reply in execution.ask_all("train.update", request, round_number=round_number):
         try:
             update = _read_update(member, reply, round_number, state)
         except UpdateRejected as error:
             execution.run.event("failed", round=round_number, site=member.site, reason=error.reason)
             missing.append(member.site)
+            first = first or error.reason
             continue
         state = strategy.fold(state, update, member.weight or 0.0)
     survivors = [member.site for member in execution.members if member.site not in missing]
     threshold = execution.study.aggregation.min_sites
     if len(survivors) < threshold:
-        raise AggregationAborted(round_number=round_number, missing=missing, threshold=threshold)
+        raise AggregationAborted(
+            round_number=round_number, missing=missing, threshold=threshold, reason=first
+        )
     return strategy.finish(state), survivors
 
 

@@ -16,7 +16,7 @@ from fedward.server.execution import Execution
 from fedward.server.members import Member
 from fedward.strategies.strategy import State, Strategy
 from fedward.transport.payload import Payload
-from fedward.transport.sums import from_sum, sum_encoding
+from fedward.transport.sums import sum_codec
 
 Take = Callable[[str, bytes], None]
 
@@ -73,7 +73,7 @@ class SecureRounds:
         )
         self._terms = terms
         self._session = CoordinatorSession(terms, roster=roster)
-        self._encoding = sum_encoding(study, sites=len(roster), size=size)
+        self._codec = sum_codec(study, sites=len(roster), size=size)
         self.cost = Cost(sites=len(roster))
         self._size = size
 
@@ -95,7 +95,7 @@ class SecureRounds:
         Raises:
             AggregationAborted: The round is void: nothing was learnt, and its number is used up.
         """
-        session, study = self._session, self._execution.study
+        session = self._session
         started = time.monotonic()
         lacking = session.shares_request(round_number)
         requests = {site: {"request": data} for site, data in lacking.items()}
@@ -123,7 +123,7 @@ class SecureRounds:
             self._execution.run.event(
                 "disputed", round=round_number, site=holder, reason=f"its share of {dealer} differs"
             )
-        mean, weight = from_sum(study, self._encoding.decode(result.total))
+        mean, weight = self._codec.decode(result.total)
         ended = time.monotonic()
         self.cost.seconds += ended - begun
         self.cost.total += ended - started
@@ -143,12 +143,22 @@ class SecureRounds:
         for member, reply in self._execution.ask_each(kind, payloads, round_number=round_number):
             try:
                 data = _read(member, reply, answer)
+                if kind == "train.key":
+                    self._check_scale(member, reply)
                 self.cost.sent[answer] = self.cost.sent.get(answer, 0) + len(data)
                 take(member.site, data)
             except UpdateRejected as error:
                 self._execution.run.event(
                     "failed", round=round_number, site=member.site, step=kind, reason=error.reason
                 )
+
+    def _check_scale(self, member: Member, reply: Reply) -> None:
+        said = reply.payload.record.get("granularity") if reply.payload is not None else None
+        if said != self._codec.granularity.hex():
+            raise UpdateRejected(
+                site=member.site,
+                reason="it computes another scale of the integers; install the same versions there",
+            )
 
     def _payload(self, parts: Mapping[str, Any]) -> Payload:
         record: dict[str, Any] = {"hash": self._execution.study.hash}

@@ -34,6 +34,8 @@ def choose_engine(study: Study, model: nn.Module, *, sites: int) -> Choice:
         ConfigError: The study asks for "vectorised" and the model cannot be stacked.
     """
     asked = study.simulation.engine
+    if study.privacy.mode == "distributed":
+        return Choice("per-site", "each site puts its share of the noise into a sum of its own")
     if asked == "per-site":
         return Choice("per-site", "the study asks for it")
     if not fits(model):

@@ -1,47 +1,165 @@
-"""Updates as what is summed under secure aggregation: one vector, the weight inside it."""
+"""What is summed under secure aggregation, and what the sum means: both ends must agree on it."""
+
+import math
+from dataclasses import dataclass
+from functools import cache
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedward.core.study import Study
+from fedward.core.study import AggregationSection, Study
+from fedward.privacy.accounting import calibrate
+from fedward.privacy.mechanisms.distributed import DistributedGaussian
 from fedward.privacy.mechanisms.encoding import FixedPoint
+from fedward.privacy.mechanisms.stream import BitStream
+from fedward.privacy.secagg import least_threshold
 from fedward.strategies.strategy import Vector
 
-
-def sum_encoding(study: Study, *, sites: int, size: int) -> FixedPoint:
-    """How the vectors of a study become integers, the same at every site and the coordinator.
-
-    Args:
-        study: Its `[aggregation]` bounds an update and a weight.
-        sites: Largest number of sites in a sum.
-        size: Number of parameters.
-    """
-    del study
-    return FixedPoint.choose(bound=1.0, sites=sites, length=size + 1)
+_WEIGHT_STEPS = 16  # of a patient: a weight is a public number, so its rounding harms nobody
 
 
-def to_summand(study: Study, update: Vector, weight: float) -> NDArray[np.float64]:
-    """What a site adds to the sum: its weighted update, and its weight, each in [-1, 1].
+class SumCodec(Protocol):
+    """A site's vector and its weight as integers mod 2^32, and their sum as a mean update."""
+
+    @property
+    def granularity(self) -> float:
+        """The value of one granule; both ends must have the same."""
+        ...
+
+    def encode(self, vector: Vector, *, weight: float, bits: BitStream) -> NDArray[np.uint32]:
+        """What a site adds to the sum, shape `(num_parameters + 1,)`."""
+        ...
+
+    def decode(self, total: NDArray[np.uint32]) -> tuple[Vector, float]:
+        """The weighted mean update of the sites in a sum, and their weight.
+
+        Raises:
+            ValueError: The sum holds no weight.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateSum:
+    """A sum of weighted updates.
 
     Coordinates beyond `max_update` and weights beyond `max_weight` are cut; what is not finite
     counts as zero, for one such number would spoil the sum for everybody.
     """
-    bounds = study.aggregation
-    share = min(weight, bounds.max_weight) / bounds.max_weight
-    values = np.nan_to_num(update.astype(np.float64), posinf=0.0, neginf=0.0)
-    values = np.clip(values, -bounds.max_update, bounds.max_update) / bounds.max_update
-    return np.append(values * share, share)
+
+    bounds: AggregationSection
+    encoding: FixedPoint
+
+    @property
+    def granularity(self) -> float:
+        """Of a weighted coordinate in [-1, 1]."""
+        return self.encoding.granularity
+
+    def encode(self, vector: Vector, *, weight: float, bits: BitStream) -> NDArray[np.uint32]:
+        """Of a site's update; see `SumCodec`."""
+        most = self.bounds.max_update
+        share = min(weight, self.bounds.max_weight) / self.bounds.max_weight
+        values = np.nan_to_num(vector.astype(np.float64), posinf=0.0, neginf=0.0)
+        values = np.clip(values, -most, most) / most
+        return self.encoding.encode(np.append(values * share, share), bits=bits)
+
+    def decode(self, total: NDArray[np.uint32]) -> tuple[Vector, float]:
+        """See `SumCodec`."""
+        values = self.encoding.decode(total)
+        share = float(values[-1])
+        if share <= 0:
+            raise ValueError("the sum holds no weight")
+        mean = values[:-1] / share * self.bounds.max_update
+        return mean.astype(np.float32), share * self.bounds.max_weight
 
 
-def from_sum(study: Study, total: NDArray[np.float64]) -> tuple[Vector, float]:
-    """The weighted mean update and the weight of all sites in a sum.
+@dataclass(frozen=True, slots=True)
+class GradientSum:
+    """A sum of clipped gradients in which every site has put its share of discrete noise.
+
+    One step of DP-SGD on everybody's patients: the step is taken where the sum is.
+    """
+
+    bounds: AggregationSection
+    mechanism: DistributedGaussian
+    sample_rate: float
+    learning_rate: float
+
+    @property
+    def granularity(self) -> float:
+        """Of a gradient."""
+        return self.mechanism.granularity
+
+    def encode(self, vector: Vector, *, weight: float, bits: BitStream) -> NDArray[np.uint32]:
+        """Of a site's sum of clipped gradients, with its noise; see `SumCodec`."""
+        largest = self.bounds.max_weight
+        # Cutting moves no two neighbours further apart; it holds for more patients than promised.
+        most = largest * self.mechanism.clip_norm
+        noisy = self.mechanism.privatise(
+            np.clip(vector, -most, most), largest_batch=largest, bits=bits
+        )
+        steps = round(min(weight, largest) * _WEIGHT_STEPS)
+        return np.append(noisy, np.uint32(steps))
+
+    def decode(self, total: NDArray[np.uint32]) -> tuple[Vector, float]:
+        """See `SumCodec`."""
+        weight = float(total[-1]) / _WEIGHT_STEPS
+        if weight <= 0:
+            raise ValueError("the sum holds no weight")
+        fixed = self.mechanism.fixed_point(largest_batch=self.bounds.max_weight)
+        gradient = fixed.decode(total[:-1]) / (self.sample_rate * weight)
+        return (-self.learning_rate * gradient).astype(np.float32), weight
+
+
+def sum_codec(study: Study, *, sites: int, size: int) -> SumCodec:
+    """The codec of a study, the same at every site and at the coordinator.
+
+    Args:
+        study: What is trained.
+        sites: Sites in the roster.
+        size: Number of parameters.
+    """
+    if study.privacy.mode == "distributed":
+        return GradientSum(
+            study.aggregation,
+            distributed_mechanism(study, sites=sites, size=size),
+            sample_rate=study.training.sample_rate or 0.0,
+            learning_rate=study.training.learning_rate,
+        )
+    encoding = FixedPoint.choose(bound=1.0, sites=sites, length=size + 1)
+    return UpdateSum(study.aggregation, encoding)
+
+
+def fewest_sites(study: Study, *, sites: int) -> int:
+    """The fewest sites that a sum may hold: with fewer the round is void."""
+    threshold = least_threshold(sites, study.aggregation.adversary)
+    return max(study.aggregation.min_sites, threshold)
+
+
+def distributed_mechanism(study: Study, *, sites: int, size: int) -> DistributedGaussian:
+    """The noise of a study in mode "distributed": enough for the fewest sites in a sum.
 
     Raises:
-        ValueError: The sum holds no weight.
+        ValueError: There are fewer sites than may not be missing.
     """
-    bounds = study.aggregation
-    share = float(total[-1])
-    if share <= 0:
-        raise ValueError("the sum holds no weight")
-    mean = total[:-1] / share * bounds.max_update
-    return mean.astype(np.float32), share * bounds.max_weight
+    privacy, training = study.privacy, study.training
+    wanted = calibrate(
+        epsilon=privacy.epsilon or math.inf,
+        delta=privacy.delta,
+        sample_rate=training.sample_rate or 1.0,
+        steps=study.study.rounds,
+    )
+    return _shared_noise(
+        noise_multiplier=wanted,
+        clip_norm=privacy.clip_norm,
+        length=size,
+        sites=sites,
+        dropouts=sites - fewest_sites(study, sites=sites),
+        colluders=privacy.colluders,
+        largest_batch=study.aggregation.max_weight,
+    )
+
+
+# Sites ask again in every round, and the search for the scale takes some milliseconds.
+_shared_noise = cache(DistributedGaussian.calibrate)
