@@ -17,6 +17,7 @@ class Execution:
 
     Attributes:
         deadline: Seconds that a site has for one answer.
+        roster_size: Sites in the consortium; 0 where the study needs no roster.
     """
 
     channel: Channel
@@ -25,6 +26,7 @@ class Execution:
     task: Task
     members: tuple[Member, ...]
     deadline: float
+    roster_size: int = 0
 
     def ask_all(
         self, kind: str, payload: Payload, *, round_number: int

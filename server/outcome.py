@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from fedward.core.errors import UpdateRejected
 from fedward.core.identity import Identity
 from fedward.core.study import Study
+from fedward.privacy.secagg import least_threshold
 from fedward.server.channel import Reply
 from fedward.server.execution import Execution
 from fedward.server.members import Member
@@ -20,6 +21,9 @@ from fedward.server.statement import privacy_statement
 from fedward.strategies.strategy import Vector
 from fedward.tasks.task import Sums, Task, add_sums
 from fedward.transport.payload import Payload
+from fedward.transport.sums import distributed_mechanism, fewest_sites
+
+_ADVERSARY = "the coordinator with up to {} colluding sites, and anyone outside"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +57,14 @@ def collect_outcome(execution: Execution, parameters: Vector) -> Outcome:
             continue
         run.event("evaluated", site=member.site)
     metrics = summarise_sites(execution.task, sums, private=private)
-    return Outcome(metrics, _statement(study, execution.members, statements))
+    statement = _statement(
+        study,
+        execution.members,
+        statements,
+        roster_size=execution.roster_size,
+        size=parameters.size,
+    )
+    return Outcome(metrics, statement)
 
 
 def summarise_sites(
@@ -167,8 +178,42 @@ def _read_sums(member: Member, payload: Payload, task: Task, *, private: bool) -
     return {name: array.astype(np.float64) for name, array in payload.arrays.items()}
 
 
+def adversaries(study: Study, *, sites: int, size: int) -> list[dict[str, Any]]:
+    """What a distributed run's noise is worth against the coordinator with ever more sites.
+
+    A site that tells its share to the coordinator takes its noise out of the sum. Where nothing
+    can be promised any more, `epsilon` is None.
+
+    Args:
+        study: In mode "distributed".
+        sites: Sites in the roster.
+        size: Number of parameters.
+    """
+    fewest, privacy = fewest_sites(study, sites=sites), study.privacy
+    mechanism = distributed_mechanism(study, sites=sites, size=size)
+    rows = []
+    for colluders in (0, least_threshold(sites, study.aggregation.adversary) - 1):
+        try:
+            against = mechanism.against(survivors=fewest, colluders=colluders)
+            spent = against.spent(
+                sample_rate=study.training.sample_rate or 1.0,
+                steps=study.study.rounds,
+                delta=privacy.delta,
+                unit=privacy.unit,
+            ).to_json()
+        except ValueError:
+            spent = {"epsilon": None, "delta": privacy.delta, "unit": privacy.unit}
+        rows.append({"who": "the coordinator", "colluders": colluders, **spent})
+    return rows
+
+
 def _statement(
-    study: Study, members: Sequence[Member], statements: Mapping[str, Any]
+    study: Study,
+    members: Sequence[Member],
+    statements: Mapping[str, Any],
+    *,
+    roster_size: int,
+    size: int,
 ) -> dict[str, Any]:
     privacy = study.privacy
     accounted: dict[str, Any] = {
@@ -184,4 +229,7 @@ def _statement(
     }
     if privacy.mode != "none":
         accounted |= {"asked_epsilon": privacy.epsilon, "clip_norm": privacy.clip_norm}
+    if privacy.mode == "distributed":
+        accounted["adversary"] = _ADVERSARY.format(privacy.colluders)
+        accounted["adversaries"] = adversaries(study, sites=roster_size, size=size)
     return privacy_statement(accounted)

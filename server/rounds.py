@@ -78,7 +78,15 @@ def coordinate(
     run.event("started", study=study.study.name, hash=study.hash, rounds=study.study.rounds)
     _wait_for_sites(channel, settings)
     members = admit(channel, study, run, deadline=settings.deadline)
-    execution = Execution(channel, study, run, task, members, settings.deadline)
+    execution = Execution(
+        channel,
+        study,
+        run,
+        task,
+        members,
+        deadline=settings.deadline,
+        roster_size=len(settings.roster or ()),
+    )
     checkpoint, cost = _train(execution, strategy, checkpoint, settings.roster)
     parameters = checkpoint.average.released(checkpoint.state.parameters)
     outcome = collect_outcome(execution, parameters)

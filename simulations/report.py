@@ -214,7 +214,21 @@ def _statement(privacy: Mapping[str, Any]) -> str:
         f"{_e(privacy['neighboring_relation'])}, clip norm {privacy['clip_norm']:g}. Both figures "
         "are upper bounds; the one by PLD is claimed. Holds against "
         f"{_e(privacy['adversary'])}. Held-out patients are covered at the same epsilon by "
-        "noise on the metrics that the hospitals report.</p>"
+        "noise on the metrics that the hospitals report.</p>" + _adversaries(privacy)
+    )
+
+
+def _adversaries(privacy: Mapping[str, Any]) -> str:
+    rows = "".join(
+        f"<tr><td>{_e(row['who'])} and {row['colluders']} sites</td>"
+        f"<td>{_f(row['epsilon'], 3) if row['epsilon'] is not None else 'no promise'}</td></tr>"
+        for row in privacy.get("adversaries", ())
+    )
+    if not rows:
+        return ""
+    return (
+        '<div class="panel"><table><tr><th>who works together</th><th>epsilon at most</th></tr>'
+        f"{rows}</table></div>"
     )
 
 

@@ -62,7 +62,7 @@ class Ledger:
         """
         if path is None and not simulated:
             raise ValueError("the ledger of a real site needs a file; in memory it would be lost")
-        journal = Journal(path, public=identity.public, identity=identity)
+        journal = Journal(path, public=identity.public, identity=identity, durable=not simulated)
         try:
             journal.begin(site, simulated=simulated)
         except BaseException:

@@ -26,14 +26,22 @@ class Journal:
     """
 
     def __init__(
-        self, path: Path | None, *, public: PublicIdentity, identity: Identity | None
+        self,
+        path: Path | None,
+        *,
+        public: PublicIdentity,
+        identity: Identity | None,
+        durable: bool = True,
     ) -> None:
-        """Open the file, or make it. Without an `identity` nothing can be written."""
+        """Open the file, or make it; see `storage.connect` for `durable`.
+
+        Without an `identity` nothing can be written.
+        """
         self.name = "the ledger in memory" if path is None else str(path)
         self.public = public
         self.state = State()
         self._identity = identity
-        self._connection = storage.connect(path, read_only=identity is None)
+        self._connection = storage.connect(path, read_only=identity is None, durable=durable)
         self._lock = threading.RLock()
         self._process = os.getpid()
         self._seq, self._hash = -1, NO_HASH

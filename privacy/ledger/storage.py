@@ -24,8 +24,13 @@ CREATE TRIGGER IF NOT EXISTS entries_never_go BEFORE DELETE ON entries
 """
 
 
-def connect(path: Path | None, *, read_only: bool = False) -> sqlite3.Connection:
+def connect(
+    path: Path | None, *, read_only: bool = False, durable: bool = True
+) -> sqlite3.Connection:
     """Open a ledger's file, or a ledger in memory.
+
+    Without `durable`, which is for simulated sites alone, what was written survives the process
+    and not a power cut.
 
     The journal is a rollback journal, so the ledger is one file at rest and may lie on any file
     system; `synchronous = EXTRA` is FULL and flushes the folder too when the journal goes, without
@@ -52,7 +57,7 @@ def connect(path: Path | None, *, read_only: bool = False) -> sqlite3.Connection
             timeout=_BUSY_SECONDS,
             check_same_thread=False,
         )
-        connection.execute("PRAGMA synchronous = EXTRA")
+        connection.execute(f"PRAGMA synchronous = {'EXTRA' if durable else 'OFF'}")
         if read_only:
             connection.execute("PRAGMA query_only = ON")
         else:
