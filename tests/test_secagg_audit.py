@@ -50,7 +50,7 @@ def test_the_group_of_a_site_that_sends_nonsense_is_named_and_no_other() -> None
 
 def test_noise_alone_raises_no_alarm() -> None:
     rng = np.random.default_rng(6)
-    sums = {
+    sums: dict[tuple[str, ...], np.ndarray] = {
         (str(group), "b", "c"): rng.standard_normal(LENGTH) * 5.0 * np.sqrt(3)
         for group in range(200)
     }
