@@ -22,7 +22,7 @@ def plain_sum(vectors: dict[str, np.ndarray], survivors: tuple[str, ...]) -> np.
     return total
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 @given(data=st.data(), count=st.integers(3, 7), adversary=st.sampled_from(ADVERSARIES))
 def test_the_sum_is_exact_for_any_inputs_and_any_dropouts_that_the_threshold_allows(
     data: st.DataObject, count: int, adversary: Adversary
@@ -52,7 +52,7 @@ def test_the_sum_is_exact_for_any_inputs_and_any_dropouts_that_the_threshold_all
         assert result.disputes == ()
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 @given(data=st.data(), count=st.integers(3, 7), adversary=st.sampled_from(ADVERSARIES))
 def test_one_dropout_too_many_voids_the_round_at_every_step(
     data: st.DataObject, count: int, adversary: Adversary
