@@ -32,7 +32,7 @@ def send_key(site: LocalSite, request: Payload) -> Payload:
     """
     admitted = _admitted(site, request)
     try:
-        terms = Terms(**request.record["terms"])
+        terms = Terms.from_json(request.record["terms"])
     except (KeyError, TypeError, ValueError) as error:
         raise UpdateRejected(site=_COORDINATOR, reason=f"its terms are wrong: {error}") from error
     kept = _load(site, admitted.study)

@@ -191,6 +191,32 @@ def test_an_unsafe_threshold_cannot_be_proposed(threshold: int) -> None:
         Terms.propose(study="aa", roster=roster, length=1, threshold=threshold)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"length": 3.0},
+        {"length": True},
+        {"length": 0},
+        {"sites": ["a", "b", "c"]},
+        {"sites": {"a": 1, "b": 2, "c": 3}},
+        {"threshold": "3"},
+        {"adversary": "nobody"},
+        {"more": 1},
+        {"run": "../x"},
+        {"neighbors": 1},
+    ],
+)
+def test_malformed_terms_are_refused(change: dict[str, object]) -> None:
+    roster = {name: Identity.generate_site().public for name in ("a", "b", "c")}
+    good = Terms.propose(study="aa", roster=roster, length=1).to_json()
+    assert Terms.from_json(good).to_json() == good
+
+    with pytest.raises(ValueError, match=r"."):
+        Terms.from_json({**good, **change})
+    with pytest.raises(ValueError, match="exactly the keys"):
+        Terms.from_json(None)
+
+
 # Malicious coordinator: a round.
 
 

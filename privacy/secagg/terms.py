@@ -4,10 +4,10 @@ import hmac
 import re
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Final, Literal
 
-from fedward.core.canonical import canonical_json, digest_json
+from fedward.core.canonical import digest_json
 from fedward.core.identity import PublicIdentity
 from fedward.privacy.secagg import graph
 
@@ -17,6 +17,16 @@ MIN_SITES: Final = 3
 MAX_COMPLETE: Final = 64
 MAX_SITES: Final = 4096
 MAX_LENGTH: Final = 2**31
+_KINDS: Final[Mapping[str, type]] = {
+    "study": str,
+    "run": str,
+    "sites": dict,
+    "length": int,
+    "threshold": int,
+    "min_sites": int,
+    "adversary": str,
+    "neighbors": int,
+}
 _HEX: Final = re.compile(r"[0-9a-f]+")
 
 
@@ -139,9 +149,22 @@ class Terms:
             "neighbors": self.neighbors,
         }
 
-    def to_bytes(self) -> bytes:
-        """The terms as canonical JSON, for the wire."""
-        return canonical_json(self.to_json())
+    @classmethod
+    def from_json(cls, value: object) -> "Terms":
+        """Read what `to_json` wrote, from whoever proposes it.
+
+        Raises:
+            ValueError: A key is missing or unknown, or a value has another type or is not allowed.
+        """
+        kinds = {field.name: _KINDS[field.name] for field in fields(cls)}
+        if not isinstance(value, dict) or set(value) != set(kinds):
+            raise ValueError(f"terms have exactly the keys {', '.join(kinds)}")
+        for name, kind in kinds.items():
+            if type(value[name]) is not kind:
+                raise ValueError(f"{name} of the terms must be of type {kind.__name__}")
+        if not all(type(k) is str and type(v) is str for k, v in value["sites"].items()):
+            raise ValueError("sites of the terms must map names to fingerprints")
+        return cls(**value)
 
     def matches(self, roster: Mapping[str, PublicIdentity]) -> bool:
         """Whether the sites are exactly those of a roster, with the identities pinned there."""
