@@ -14,6 +14,7 @@ from fedward.core.errors import AggregationAborted, ConfigError, UpdateRejected
 from fedward.core.identity import Identity, PublicIdentity
 from fedward.core.run import RunDirectory
 from fedward.core.study import Study
+from fedward.privacy.secagg.terms import MAX_COMPLETE
 from fedward.server.channel import Channel, Reply
 from fedward.server.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from fedward.server.execution import Execution
@@ -127,6 +128,17 @@ def refuse_impossible(study: Study, roster: Roster | None) -> None:
             "= true needs the consortium's roster at the coordinator; give it with --roster",
             file="study",
             key="[aggregation] secure",
+        )
+    if (
+        study.aggregation.secure
+        and len(roster or ()) > MAX_COMPLETE
+        and study.aggregation.adversary == "malicious"
+    ):
+        raise ConfigError(
+            f'= "malicious" is withstood by up to {MAX_COMPLETE} sites and the roster has '
+            f'{len(roster or ())}; use "honest-but-curious"',
+            file="study",
+            key="[aggregation] adversary",
         )
     if study.privacy.unit == "site" and study.privacy.mode == "local":
         raise ConfigError(

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from fedward.server.execution import Execution
 from fedward.server.members import Member
 from fedward.strategies.strategy import State, Strategy
 from fedward.transport.payload import Payload
-from fedward.transport.sums import sum_codec
+from fedward.transport.sums import sharing, sum_codec
 
 Take = Callable[[str, bytes], None]
 
@@ -64,13 +64,18 @@ class SecureRounds:
     ) -> None:
         study = execution.study
         self._execution = execution
+        degree = sharing(sites=len(roster))
         terms = Terms.propose(
             study=study.hash,
             roster=roster,
             length=size + 1,
             min_sites=study.aggregation.min_sites,
             adversary=study.aggregation.adversary,
+            threshold=None if degree is None else degree.threshold,
+            neighbors=None if degree is None else degree.neighbors,
         )
+        if degree is not None:
+            execution.run.event("graph", sites=len(roster), **asdict(degree))
         self._terms = terms
         self._session = CoordinatorSession(terms, roster=roster)
         self._codec = sum_codec(study, sites=len(roster), size=size)

@@ -161,8 +161,8 @@ def test_after_the_run_the_keys_are_gone_and_its_rounds_stay_closed(tmp_path: Pa
     study = load_study(run.path / "study.toml")
     size = len(model_of(run))
 
-    for secagg in ({}, {"secagg": np.zeros(40, np.uint8)}):
-        arrays = {"parameters": np.zeros(size, np.float32), **secagg}
+    parameters: dict[str, np.ndarray[Any, Any]] = {"parameters": np.zeros(size, np.float32)}
+    for arrays in (parameters, parameters | {"secagg": np.zeros(40, np.uint8)}):
         with pytest.raises(UpdateRejected, match="no keys were agreed on"):
             train_round(site, Payload({"hash": study.hash, "round": 2}, arrays))
     kept = json.loads(site.session_file(study).read_text())

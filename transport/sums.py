@@ -13,7 +13,8 @@ from fedward.privacy.accounting import calibrate
 from fedward.privacy.mechanisms.distributed import DistributedGaussian
 from fedward.privacy.mechanisms.encoding import FixedPoint
 from fedward.privacy.mechanisms.stream import BitStream
-from fedward.privacy.secagg import least_threshold
+from fedward.privacy.secagg import Degree, choose_degree, least_threshold
+from fedward.privacy.secagg.terms import MAX_COMPLETE
 from fedward.strategies.strategy import Vector
 
 _WEIGHT_STEPS = 16  # of a patient: a weight is a public number, so its rounding harms nobody
@@ -131,9 +132,17 @@ def sum_codec(study: Study, *, sites: int, size: int) -> SumCodec:
     return UpdateSum(study.aggregation, encoding)
 
 
+def sharing(*, sites: int) -> Degree | None:
+    """The graph on which more than 64 sites share masks; None if everybody does with everybody."""
+    return None if sites <= MAX_COMPLETE else choose_degree(sites)
+
+
 def fewest_sites(study: Study, *, sites: int) -> int:
     """The fewest sites that a sum may hold: with fewer the round is void."""
-    threshold = least_threshold(sites, study.aggregation.adversary)
+    degree = sharing(sites=sites)
+    threshold = (
+        least_threshold(sites, study.aggregation.adversary) if degree is None else degree.threshold
+    )
     return max(study.aggregation.min_sites, threshold)
 
 

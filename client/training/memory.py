@@ -29,7 +29,9 @@ def patients_at_once(model: nn.Module, one: Batch, *, mode: Mode | None, limit_m
         mode: How gradients are clipped; None for plain training.
         limit_mb: In units of 2**20 bytes.
     """
-    if mode == "book-keeping" and any(isinstance(m, nn.Conv1d | nn.Conv2d) for m in model.modules()):
+    if mode == "book-keeping" and any(
+        isinstance(m, nn.Conv1d | nn.Conv2d) for m in model.modules()
+    ):
         limit_mb = min(limit_mb, _CACHE_MB)
     held = one.features.numel()
     if mode == "closed-form":
