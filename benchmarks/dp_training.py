@@ -434,7 +434,7 @@ def main() -> None:
     rows = []
     for family in args.family or FAMILIES:
         for batch in args.batch or (64, 512):
-            row = measure(family, batch, seconds=0.05 if args.quick else 3.0, quick=args.quick)
+            row = measure(family, batch, seconds=0.05 if args.quick else 1.0, quick=args.quick)
             rows.append(row)
             print(
                 f"{family:12} {batch:4}  "
