@@ -150,7 +150,7 @@ class PoissonSampler:
     def draw(self, noise: NoiseSource) -> Batch:
         """The records of those who take part in the next step."""
         chosen, present = self.choose(noise)
-        rows = torch.from_numpy(chosen)
+        rows = torch.from_numpy(chosen).to(self._features.device)
         mask = None
         if present is not None:
             mask = torch.from_numpy(present.astype(np.float32)).to(self._features.device)
