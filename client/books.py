@@ -1,15 +1,19 @@
-"""What a hospital can see of its own site: data, ledger, budget."""
+"""What a hospital can see of its own site: data, ledger, budget.
+
+Looking at a ledger imports neither torch nor Flower: a second, not fifteen.
+"""
 
 from pathlib import Path
 from typing import Any
 
-from fedward.client.local_site import LocalSite
-from fedward.client.sources import read_source
 from fedward.core.errors import LedgerCorrupt
+from fedward.core.identity import Identity
+from fedward.core.site import Site, load_site
 from fedward.privacy.ledger import Ledger, Population
-from fedward.tasks.registry import get_task
+from fedward.privacy.ledger.simulated import take_out
 
 _POPULATIONS: tuple[Population, ...] = ("training", "held-out")
+_POINTS = 8  # of the picture: each is priced, which takes some 25 ms
 
 
 def check_site(file: Path) -> dict[str, Any]:
@@ -18,6 +22,10 @@ def check_site(file: Path) -> dict[str, Any]:
     Raises:
         ConfigError, DataError: What is wrong, where, and what to do.
     """
+    from fedward.client.local_site import LocalSite
+    from fedward.client.sources import read_source
+    from fedward.tasks.registry import get_task
+
     site = LocalSite(file)
     read = {}
     for name in site.site.policy.tasks:
@@ -33,26 +41,33 @@ def check_site(file: Path) -> dict[str, Any]:
 
 
 def ledger_summary(file: Path) -> dict[str, Any]:
-    """What the site's patients have spent, in total and by study, and how it grew."""
-    site = _with_ledger(file)
-    policy, ledger = site.site.policy, site.ledger
-    populations = {
-        population: ledger.spent(policy.delta, population=population) for population in _POPULATIONS
-    }
-    worst = max(populations.values(), key=lambda spent: spent.epsilon)
-    return {
-        "site": site.name,
-        "simulated": site.simulated,
-        "limit": policy.max_epsilon,
-        "spent": worst.to_json(),
-        "populations": {name: spent.to_json() for name, spent in populations.items()},
-        "studies": _by_study(ledger, policy.delta),
-        "history": [
-            {"time": point.time.isoformat(), "study": point.study, "epsilon": point.epsilon}
-            for point in ledger.history(policy.delta, points=20)
-        ],
-        "head": ledger.head,
-    }
+    """What the site's patients have spent, in total and by study, and how it grew.
+
+    The history is that of the patients who have spent most.
+
+    Raises:
+        LedgerCorrupt: There is no ledger, or its entries do not follow from one another.
+    """
+    site, ledger = _open(file)
+    with ledger:
+        delta = site.policy.delta
+        populations = {
+            population: ledger.spent(delta, population=population) for population in _POPULATIONS
+        }
+        worst = max(_POPULATIONS, key=lambda name: populations[name].epsilon)
+        return {
+            "site": ledger.site,
+            "simulated": ledger.simulated,
+            "limit": site.policy.max_epsilon,
+            "spent": populations[worst].to_json(),
+            "populations": {name: spent.to_json() for name, spent in populations.items()},
+            "studies": _by_study(ledger, delta),
+            "history": [
+                {"time": point.time.isoformat(), "study": point.study, "epsilon": point.epsilon}
+                for point in ledger.history(delta, population=worst, points=_POINTS)
+            ],
+            "head": ledger.head,
+        }
 
 
 def _by_study(ledger: Ledger, delta: float) -> list[dict[str, Any]]:
@@ -76,26 +91,55 @@ def _by_study(ledger: Ledger, delta: float) -> list[dict[str, Any]]:
     return list(studies.values())
 
 
-def verify_ledger(file: Path) -> dict[str, Any]:
-    """Check the whole ledger.
+def verify_ledger(file: Path, *, head: str | None = None) -> dict[str, Any]:
+    """Check the whole ledger: chain, signatures, rules, and every epsilon anew.
+
+    Args:
+        file: The site file.
+        head: One that was seen before, such as the coordinator's or the last release's. A
+            ledger that does not contain it was rolled back to an older copy, or replaced.
 
     Raises:
         LedgerCorrupt: Something was changed; says where.
+        ValueError: `head` does not look like `12:9f...`.
     """
-    site = _with_ledger(file)
-    site.ledger.verify()
-    return {
-        "site": site.name,
-        "verified": True,
-        "entries": len(site.ledger.entries()),
-        "head": site.ledger.head,
-    }
+    _, ledger = _open(file)
+    with ledger:
+        ledger.verify(against_head=head)
+        return {
+            "site": ledger.site,
+            "verified": True,
+            "entries": len(ledger.entries()),
+            "head": ledger.head,
+            "against_head": head,
+        }
 
 
-def _with_ledger(file: Path) -> LocalSite:
-    site = LocalSite(file)
-    if not (site.state / "ledger.sqlite").exists():
+def export_ledger(file: Path) -> dict[str, Any]:
+    """Everything in the ledger, as a JSON value that `verify_export` checks away from the site.
+
+    Raises:
+        LedgerCorrupt: There is no ledger, or its entries do not follow from one another.
+    """
+    _, ledger = _open(file)
+    with ledger:
+        return ledger.export()
+
+
+def _open(file: Path) -> tuple[Site, Ledger]:
+    """The site and its ledger, to be looked at and not written."""
+    site = load_site(file)
+    state = file.parent / site.site.state
+    if site.site.simulated and site.site.ledgers is not None:
+        state.mkdir(parents=True, exist_ok=True, mode=0o700)
+        take_out(file.parent / site.site.ledgers, site.name, state=state)
+    path = state / "ledger.sqlite"
+    if not path.exists():
+        raise LedgerCorrupt(f"{path} does not exist; the site has not trained yet")
+    ledger = Ledger.read(path, public=Identity.load(state / "identity.pem").public)
+    if ledger.site != site.name:
+        ledger.shut()
         raise LedgerCorrupt(
-            f"{site.state / 'ledger.sqlite'} does not exist; the site has not trained yet"
+            f"{path} is the ledger of {ledger.site}, not of {site.name}: the file was replaced"
         )
-    return site
+    return site, ledger

@@ -180,7 +180,7 @@ def serve(
 def ledger_show(site: SiteFile, json_output: Json = False) -> None:
     """Show what a site's patients have spent, study by study."""
     from fedward.client.books import ledger_summary
-    from fedward.console import print_ledger
+    from fedward.console_privacy import print_ledger
 
     value = ledger_summary(site)
     if json_output:
@@ -190,15 +190,79 @@ def ledger_show(site: SiteFile, json_output: Json = False) -> None:
 
 
 @ledger_app.command("verify")
-def ledger_verify(site: SiteFile, json_output: Json = False) -> None:
-    """Check a ledger's chain, signatures and epsilon."""
+def ledger_verify(
+    site: SiteFile,
+    json_output: Json = False,
+    head: Annotated[
+        str | None,
+        typer.Option(help="A head seen before, such as a release's: is it still in the ledger?"),
+    ] = None,
+) -> None:
+    """Check a ledger's chain, signatures and epsilon, and that it was not rolled back."""
     from fedward.client.books import verify_ledger
 
-    value = verify_ledger(site)
+    try:
+        value = verify_ledger(site, head=head)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--head") from error
     if json_output:
         _emit(value)
     else:
-        sys.stdout.write(f"{value['entries']} entries verify; head {value['head'][:16]}\n")
+        seen = "" if head is None else ", the given one is in it"
+        sys.stdout.write(f"{value['entries']} entries verify; head {value['head']}{seen}\n")
+
+
+@ledger_app.command("export")
+def ledger_export(
+    site: SiteFile,
+    json_output: Json = False,
+    out: Annotated[
+        Path | None, typer.Option(help="The file to write; by default standard output.")
+    ] = None,
+) -> None:
+    """Write every entry and signature as JSON, for an auditor who has the site's public key."""
+    from fedward.client.books import export_ledger
+    from fedward.core.files import write_atomic
+
+    value = export_ledger(site)
+    if out is None:
+        _emit(value)
+        return
+    write_atomic(out, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
+    if json_output:
+        _emit({"export": str(out), "entries": len(value["entries"]), "head": value["head"]})
+    else:
+        sys.stdout.write(f"{out}: {len(value['entries'])} entries; head {value['head']}\n")
+
+
+@app.command()
+def audit(
+    conformance: Annotated[
+        bool, typer.Option("--conformance", help="Does the trainer do what its epsilon assumes?")
+    ] = False,
+    mode: Annotated[
+        str | None, typer.Option(help="Only this way of clipping; by default every one.")
+    ] = None,
+    json_output: Json = False,
+) -> None:
+    """Audit the trainer that is installed here, on random records; ends with 1 if it fails."""
+    if not conformance:
+        raise typer.BadParameter("say what to audit", param_hint="--conformance")
+    from fedward.client.conformance import audit_conformance
+    from fedward.client.training.plan import MODES
+    from fedward.console_privacy import auditing, print_conformance
+
+    chosen = [known for known in (*MODES, "auto") if mode in {None, known}]
+    if not chosen:
+        raise typer.BadParameter(f"choose auto, {', '.join(MODES)}", param_hint="--mode")
+    with auditing(quiet=json_output) as show:
+        value = audit_conformance(chosen if mode else MODES, show=show)
+    if json_output:
+        _emit(value)
+    else:
+        print_conformance(value)
+    if not value["passed"]:
+        raise typer.Exit(1)
 
 
 @site_app.command("check")

@@ -160,39 +160,6 @@ def print_site(value: Mapping[str, Any]) -> None:
     _OUT.print(f"  public size {value['public_size']}, budget epsilon {value['max_epsilon']:g}")
 
 
-def print_ledger(value: Mapping[str, Any]) -> None:
-    """A budget over studies, with a bar."""
-    spent, limit = value["spent"], value["limit"]
-    table = Table(box=box.SIMPLE_HEAD, title=f"Ledger of {value['site']}", title_style="bold")
-    for name in ("study", "patients", "rounds", "from", "to", "epsilon", "state"):
-        table.add_column(name, justify="right" if name in {"rounds", "epsilon"} else "left")
-    for study in value["studies"]:
-        table.add_row(
-            study["study"][:12],
-            study["population"],
-            str(study["rounds"]),
-            study["first"][:16].replace("T", " "),
-            study["last"][:16].replace("T", " "),
-            number(study["epsilon"], 3),
-            study["state"],
-        )
-    _OUT.print(table)
-    share = min(1.0, spent["epsilon"] / limit)
-    full = round(40 * share)
-    _OUT.print(
-        f"a patient's total: epsilon {spent['epsilon']:.3f} of {limit:g}  "
-        f"[green]{'█' * full}[/green][dim]{'░' * (40 - full)}[/dim] {share:.0%}"
-    )
-    _OUT.print(
-        f"delta {spent['delta']:g}, per {spent['unit']}, {spent['neighboring_relation']}, "
-        f"{spent['accountant'].upper()}; RDP says {spent['epsilon_rdp']:.3f}; all studies jointly"
-    )
-    if value["simulated"]:
-        _OUT.print(
-            "[yellow]a simulated site: noise came from a seed, nothing here is private[/yellow]"
-        )
-
-
 def show_demo() -> Show:
     """What the demo prints, stage by stage."""
     progress = _bar() if _ERR.is_terminal else None

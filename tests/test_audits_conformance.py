@@ -1,17 +1,11 @@
-import copy
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
-from torch.nn import functional
 
-from fedward.client.training.plan import MODES, Mode
-from fedward.client.training.trial import trainer_of
+from fedward.client.conformance import audit_one, combinations
+from fedward.client.training.plan import Mode
 from fedward.privacy.audits.conformance import (
     ConformanceReport,
     Records,
@@ -21,85 +15,11 @@ from fedward.privacy.audits.conformance import (
 from fedward.privacy.mechanisms import add_noise, simulated_source
 
 
-class Text(nn.Module):
-    def __init__(self, cell: nn.Module | None = None) -> None:
-        super().__init__()
-        self.words = nn.Embedding(4000, 8)
-        self.cell = cell
-        self.head = nn.Linear(8, 3)
-
-    def forward(self, x: Tensor) -> Any:
-        h = self.words(x)
-        if self.cell is not None:
-            h = self.cell(h)[0]
-        return self.head(h.mean(1))
-
-
-class Attention(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm, self.qkv = nn.LayerNorm(8), nn.Linear(8, 24)
-
-    def forward(self, x: Tensor) -> tuple[Tensor]:
-        q, k, v = self.qkv(self.norm(x)).chunk(3, -1)
-        return (x + torch.softmax(q @ k.transpose(1, 2), -1) @ v,)
-
-
-FAMILIES: dict[str, Callable[[], nn.Module]] = {
-    "logistic": lambda: nn.Linear(8000, 3),
-    "perceptron": lambda: nn.Sequential(nn.Linear(200, 100), nn.Tanh(), nn.Linear(100, 3)),
-    "convolutional": lambda: nn.Sequential(
-        nn.Conv2d(1, 8, 3),
-        nn.GroupNorm(2, 8),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(288, 64),
-        nn.Tanh(),
-        nn.Linear(64, 3),
-    ),
-    "text": Text,
-    "transformer": lambda: Text(Attention()),
-    "recurrent": lambda: Text(nn.GRU(8, 8, batch_first=True)),
-}
-
-
-def records_of(family: str) -> Records:
-    rng = np.random.default_rng(1)
-    shape = {"logistic": (8000,), "perceptron": (200,), "convolutional": (1, 8, 8)}.get(family)
-    features: NDArray[Any]
-    if shape is None:
-        features = rng.integers(0, 4000, (20, 4))
-    else:
-        features = rng.standard_normal((20, *shape)).astype(np.float32)
-    return Records(features=features, labels=rng.integers(0, 3, 20))
-
-
-def cross_entropy(outputs: Tensor, labels: Tensor) -> Tensor:
-    return functional.cross_entropy(outputs, labels, reduction="none")
-
-
-def combinations() -> list[tuple[str, Mode]]:
-    return [
-        (family, mode)
-        for family in FAMILIES
-        for mode in MODES
-        if (mode != "closed-form" or family == "logistic")
-        and (mode != "ghost" or family != "recurrent")
-    ]
-
-
-@pytest.mark.parametrize(("family", "mode"), combinations())
+@pytest.mark.parametrize(("family", "mode"), list(combinations()))
 def test_every_mode_conforms_on_every_family(family: str, mode: Mode) -> None:
-    torch.manual_seed(0)
-    model = FAMILIES[family]()
-    trainer = trainer_of(lambda: copy.deepcopy(model), cross_entropy, mode=mode)
+    result = audit_one(family, mode)
 
-    report = check_conformance(
-        trainer, records_of(family), max_records=1 if mode == "ghost" else 5, runs=12
-    )
-
-    assert report.passed, report
-    assert report.to_json()["passed"]
+    assert result["passed"], result
 
 
 @dataclass
