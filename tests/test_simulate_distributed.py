@@ -135,3 +135,34 @@ def test_what_would_not_be_pooled_dp_sgd_is_refused(
 
     with pytest.raises(ConfigError, match=says):
         simulate(file, run)
+
+
+def test_more_than_64_sites_share_masks_on_a_graph_whose_numbers_are_said(tmp_path: Path) -> None:
+    file = distributed_study(tmp_path, rounds=1)
+    text = file.read_text().replace(
+        "min_sites = 3", 'min_sites = 60\nadversary = "honest-but-curious"'
+    )
+    file.write_text(
+        f'{text}\n[simulation]\npartition = "dirichlet"\n'
+        "[simulation.args]\nnum_sites = 66\nsize = 30\n"
+    )
+    run = prepare_run(file, tmp_path / "run")
+
+    simulate(file, run)
+
+    events = {event["event"]: event for event in run.events()}
+    assert events["graph"]["neighbors"] < 65
+    assert events["graph"]["collusion"] <= -40
+    assert events["round"]["sites"] == 66
+
+
+def test_more_than_64_sites_against_a_malicious_coordinator_is_refused(tmp_path: Path) -> None:
+    file = distributed_study(tmp_path, rounds=1)
+    file.write_text(
+        f'{file.read_text()}\n[simulation]\npartition = "dirichlet"\n'
+        "[simulation.args]\nnum_sites = 66\nsize = 30\n"
+    )
+    run = prepare_run(file, tmp_path / "run")
+
+    with pytest.raises(ConfigError, match=r"\[aggregation\] adversary.*honest-but-curious"):
+        simulate(file, run)
