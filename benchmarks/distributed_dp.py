@@ -9,7 +9,8 @@ never used for anything but its score: settings are chosen for every seed, epsil
 three-fold cross-validation within the training rows (choosing is not paid for, in any column).
 
 Heart disease has its four hospitals, Framingham and the ICU stays are dealt out at random. Ranges
-that scale features are clinical constants and not statistics of the data. The ICU set is read from
+that scale features are clinical constants and not statistics of the data; the ICU features are a
+list fixed beforehand. The ICU set is read from
 the folder $FEDWARD_DATA/icu2012 (PhysioNet 2012) and left out if it is not there.
 
     python benchmarks/distributed_dp.py [--quick] [--json] [--figure FILE]
