@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
 
-from flwr.app import Context, Message
+from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedward.client import secure
@@ -34,8 +34,15 @@ _QUERY: Mapping[str, Act] = {"admit": admit_study, "publish": take_release}
 _EVALUATE: Mapping[str, Act] = {"metrics": evaluate_release}
 
 
-def make_app(open_site: Callable[[Context], LocalSite]) -> ClientApp:
-    """A ClientApp that answers for the site that `open_site` finds for a node."""
+def make_app(
+    open_site: Callable[[Context], LocalSite], *, pack: Callable[[Payload], RecordDict] = pack
+) -> ClientApp:
+    """A ClientApp that answers for the site that `open_site` finds for a node.
+
+    Args:
+        open_site: Of a node's context, its site.
+        pack: How an answer becomes Flower's records.
+    """
     made = ClientApp()
 
     def answering(act: Act) -> Callable[[Message, Context], Message]:

@@ -185,7 +185,7 @@ class SimulationSection(Section):
     """`[simulation]`: ignored outside simulation.
 
     `sites` is a pattern of site files beside the study; without it the embedded data (the task's,
-    or `dataset`) are spread by `partition` with `args`. Sites in `leave_out` take no part.
+    or `dataset`) are spread by `partition` with `args`, and each site holds out `held_out`. Sites in `leave_out` take no part.
     `durable` gives each site a ledger file of its own, flushed like a real one. `crash` is the
     probability that a site crashes in the middle of a round; `coordinator_crash` the round in
     which the coordinator does, to go on from its checkpoint.
@@ -195,6 +195,7 @@ class SimulationSection(Section):
     dataset: str | None = None
     leave_out: tuple[str, ...] = Field(default=(), strict=False)
     partition: str = "natural"
+    held_out: float = Field(default=0.3, ge=0, lt=1)
     args: Args = Field(default_factory=dict)
     runtime: Literal["in-process", "ray", "loopback"] = "in-process"
     engine: Literal["auto", "per-site", "vectorised"] = "auto"

@@ -88,7 +88,7 @@ def print_result(result: Mapping[str, Any]) -> None:
             site,
             f"{values['num_examples']:.0f}",
             number(values.get("auroc")),
-            number(values["accuracy"]),
+            number(values.get("accuracy")),
             *([number(spent, 2)] if private else []),
         )
     table.add_section()

@@ -5,11 +5,11 @@ actor or a hospital is the grid's affair.
 """
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from flwr.app import Message
+from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedward.core.errors import UpdateRejected
@@ -53,10 +53,14 @@ class FlowerChannel:
     """A `Channel` over a Flower grid.
 
     It polls the grid itself: `send_and_receive` waits three seconds between looks.
+
+    Args:
+        grid: The grid.
+        pack: How payloads become Flower's records.
     """
 
-    def __init__(self, grid: Grid) -> None:
-        self._grid = grid
+    def __init__(self, grid: Grid, *, pack: Callable[[Payload], RecordDict] = pack) -> None:
+        self._grid, self._pack = grid, pack
 
     def node_ids(self) -> list[int]:
         """The nodes that are connected now, sorted."""
@@ -71,9 +75,13 @@ class FlowerChannel:
         every runtime; one that is early waits for its turn.
         """
         nodes = list(payloads)
+        packed: dict[int, RecordDict] = {}
+        for payload in payloads.values():
+            if id(payload) not in packed:  # most often, all nodes are sent the same
+                packed[id(payload)] = self._pack(payload)
         messages = [
             Message(
-                content=pack(payloads[node]),
+                content=packed[id(payloads[node])],
                 dst_node_id=node,
                 message_type=kind,
                 group_id=str(round_number),

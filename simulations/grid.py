@@ -14,6 +14,8 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
+from fedward.transport.payload import InMemory
+
 NodeConfig = Mapping[str, str | int | float | bool]
 
 _TASK_ID = 1
@@ -119,12 +121,13 @@ class InProcessGrid(Grid):
         if context is None:
             reason = f"there is no node {node_id}"
             return _error(message, ErrorCode.NODE_UNAVAILABLE, reason)
-        message.content = RecordDict(
-            {
-                name: record if isinstance(record, ConfigRecord) else record.copy()
-                for name, record in message.content.items()
-            }
-        )
+        if not isinstance(message.content, InMemory):
+            message.content = RecordDict(
+                {
+                    name: record if isinstance(record, ConfigRecord) else record.copy()
+                    for name, record in message.content.items()
+                }
+            )
         try:
             reply = self._client_app(message, context)
         except Exception as error:  # noqa: BLE001 (what any app raises becomes its node's error)

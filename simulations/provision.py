@@ -195,7 +195,7 @@ def _site_values(
         data["path"] = path
     return {
         "site": site,
-        "data": {**data, "public_size": public_size},
+        "data": {**data, "public_size": public_size, "held_out": study.simulation.held_out},
         "policy": {
             "tasks": (study.study.task,),
             "max_epsilon": max(8.0, 2 * (study.privacy.epsilon or 0.0)),

@@ -145,7 +145,7 @@ def _comparison(comparison: Mapping[str, Any]) -> str:
 def _sites(metrics: Mapping[str, Any]) -> str:
     rows = "".join(
         f"<tr><td>{_e(site)}</td><td>{values['num_examples']:.0f}</td>"
-        f"<td>{_f(values.get('auroc'))}</td><td>{_f(values['accuracy'])}</td></tr>"
+        f"<td>{_f(values.get('auroc'))}</td><td>{_f(values.get('accuracy'))}</td></tr>"
         for site, values in metrics["metrics"]["sites"].items()
     )
     return (

@@ -26,6 +26,7 @@ from fedward.simulations.sites import LocalSites, open_sites
 from fedward.tasks.parameters import from_vector
 from fedward.tasks.registry import get_task
 from fedward.tasks.task import add_sums
+from fedward.transport.payload import InMemory
 
 _SHOWN_ALONE = 64
 
@@ -104,10 +105,12 @@ def run_in_process(
     run: RunDirectory, study: Study, sites: LocalSites, scenario: Scenario, config: Config
 ) -> None:
     """Run both apps in this process."""
-    client_app = make_app(lambda context: sites[Path(str(context.node_config["site"]))])
+    client_app = make_app(
+        lambda context: sites[Path(str(context.node_config["site"]))], pack=InMemory
+    )
     grid = InProcessGrid(client_app, [{"site": str(file)} for file in sites], run_config=config)
     nodes = dict(zip(grid.get_node_ids(), sites.values(), strict=True))
-    cohort = CohortChannel(FlowerChannel(grid), nodes, study=study, log=run.event)
+    cohort = CohortChannel(FlowerChannel(grid, pack=InMemory), nodes, study=study, log=run.event)
     kept = MemoryChannel(cohort, nodes, keep=sites.keep)
     context = Context(grid.run.run_id, SUPERLINK_NODE_ID, {}, RecordDict(), dict(config))
     run_until_done(with_scenario(kept, scenario, run), context, run)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import nn
 
 from fedward.client.local_site import Admitted, LocalSite, simulated_split_key
 from fedward.client.outbox import Keeper, Kept
@@ -21,7 +22,10 @@ from fedward.privacy.ledger.simulated import SimulatedLedgers
 from fedward.simulations.partitions import read_rows
 from fedward.simulations.provision import LEDGERS
 from fedward.simulations.scenarios import Scenario
+from fedward.strategies.strategy import Vector
 from fedward.tasks import datasets
+from fedward.tasks.parameters import from_vector
+from fedward.tasks.registry import get_task
 from fedward.tasks.task import Examples, Task
 
 
@@ -84,6 +88,13 @@ class MemorySite(SimulatedSite):
         """In memory, with those of the other sites."""
         return self._books[1]
 
+    def model(self, study: Study, parameters: Vector | None) -> tuple[Task, nn.Module]:
+        """As a site's; one model serves all sites, each in its turn."""
+        checked = self.check_parameters(study, parameters)
+        task, model = self._shared.model(study)
+        from_vector(model, checked)
+        return task, model
+
     def pin(self, admitted: Admitted) -> None:
         """Keep an admitted study; after a restart the coordinator sends it again."""
         self._admitted[admitted.study.hash] = admitted
@@ -107,9 +118,7 @@ class MemorySite(SimulatedSite):
         """The outbox of the study's one release of metrics."""
         return self._outboxes.setdefault(f"{study.hash}-metrics", MemoryOutbox(keeps=True))
 
-    def check_parameters(
-        self, study: Study, parameters: NDArray[np.float32] | None
-    ) -> NDArray[np.float32]:
+    def check_parameters(self, study: Study, parameters: Vector | None) -> Vector:
         """As a site's; what was checked for one site is good for the others."""
         if parameters is not None and self._shared.checked is parameters:
             return parameters
@@ -158,9 +167,17 @@ class Shared:
     def __init__(self, ledgers: SimulatedLedgers) -> None:
         self.ledgers = ledgers
         self.sizes: dict[str, int] = {}
-        self.checked: NDArray[np.float32] | None = None
+        self.checked: Vector | None = None
         self._rows: dict[Path, dict[str, NDArray[np.int64]]] = {}
+        self._models: dict[str, tuple[Task, nn.Module]] = {}
         self._prepared: dict[tuple[str, str], tuple[Examples, NDArray[np.bool_]]] = {}
+
+    def model(self, study: Study) -> tuple[Task, nn.Module]:
+        """The study's task and a model, made once."""
+        if study.hash not in self._models:
+            task = get_task(study.study.task)
+            self._models[study.hash] = task, task.model(study.model.name, **study.model.args)
+        return self._models[study.hash]
 
     def examples(self, task: Task, study: Study, site: LocalSite) -> tuple[Examples, Examples]:
         """A site's training and held-out examples, from the pooled data prepared once."""

@@ -1,12 +1,12 @@
 """Gradients of many copies of one model at once: parameters, batches and sums are stacked.
 
 What book-keeping does for one site (`client.training.bookkeeping`) is a pure function of arrays
-of fixed shape, so that it runs under `torch.vmap` over sites; a linear model needs no autograd at
-all. Where something is not finite the caller goes back to the code of a single site.
+of fixed shape, so that it runs under `torch.vmap` over sites; plain layers need only batched
+products. Where something is not finite the caller goes back to the code of a single site.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,8 +15,6 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad
 
 from fedward.client.training.bookkeeping import STABILITY, Loss, leaves_of, make_clipped_sum
-from fedward.client.training.clippers import linear_of
-from fedward.client.training.leaves import learns
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,10 +61,10 @@ def make_stacked_sum(
     Raises:
         ValueError: The model has layers that book-keeping does not know.
     """
-    linear = linear_of(model)
-    if linear is not None and linear.weight.requires_grad and features.dim() == 2:  # noqa: PLR2004 (rows, columns)
-        return _Linear(linear, loss, clip_norm)
     shapes = _Shapes(model)
+    layers = _plain_layers(model)
+    if layers is not None and features.dim() == 2:  # noqa: PLR2004 (rows, columns)
+        return _Layers(layers, loss, shapes, clip_norm)
     if clip_norm is None:
         return _plain(model, loss, shapes)
     return _clipped(model, loss, shapes, features, clip_norm=clip_norm, records=records)
@@ -85,6 +83,7 @@ class _Shapes:
         named = list(model.named_parameters())
         self._trained = [(name, p.shape) for name, p in named if p.requires_grad]
         self._sizes = [math.prod(shape) for _, shape in self._trained]
+        self.names = frozenset(name for name, _ in self._trained)
         self.fixed = {name: p.detach() for name, p in named if not p.requires_grad}
 
     def split(self, flat: Tensor) -> dict[str, Tensor]:
@@ -147,67 +146,95 @@ def _plain(model: nn.Module, loss: Loss, shapes: _Shapes) -> StackedSum:
     return stacked
 
 
-class _Linear:
-    """One linear layer: a record's gradient is an outer product."""
+class _Layers:
+    """Linear layers with elementwise functions between: batched products, and no `vmap`.
 
-    def __init__(self, layer: nn.Linear, loss: Loss, clip_norm: float | None) -> None:
-        self._loss, self._clip_norm = loss, clip_norm
-        self._biased = learns(layer, "bias")
-        self._bias = None if self._biased or layer.bias is None else layer.bias.detach()
-        self._shape = layer.weight.shape
-        self._derivative: Callable[[Tensor, Tensor], Tensor] = getattr(
-            loss, "output_gradient", self._differentiate
-        )
+    A layer's gradient is the sum over rows of outer products of what came in and the gradient of
+    what went out (Bu et al., ICML 2023, Algorithm 1), for all sites in one product.
+    """
+
+    def __init__(
+        self, layers: Sequence[nn.Module], loss: Loss, shapes: "_Shapes", clip_norm: float | None
+    ) -> None:
+        self._layers, self._loss, self._shapes = layers, loss, shapes
+        self._clip_norm = clip_norm
 
     def __call__(self, parameters: Tensor, batch: StackedBatch) -> tuple[Tensor, Tensor]:
         """As `StackedSum`."""
-        sites, size = len(parameters), self._shape.numel()
-        weight = parameters[:, :size].view(sites, *self._shape)
-        a = batch.features
-        outputs = torch.bmm(a, weight.transpose(1, 2))
-        if self._biased:
-            outputs += parameters[:, None, size:]
-        elif self._bias is not None:
-            outputs += self._bias
-        d = self._derivative(outputs.flatten(0, 1), batch.labels.flatten(0, 1)).view_as(outputs)
-        d = d * batch.mask[..., None]
-        if self._clip_norm is not None and batch.records > 1:
-            return self._patients(a, d, batch.records, self._clip_norm)
+        values = self._shapes.split(parameters)
+        inputs, gradients = self._run(values, batch)
+        factors: Tensor | None = None
         finite: Tensor | None = None
         if self._clip_norm is not None:
-            length = torch.linalg.vecdot(a, a)
-            if self._biased:
-                length += 1
-            squared = torch.linalg.vecdot(d, d).mul_(length)
+            squared = self._squared(inputs, gradients, batch.records)
             finite = torch.isfinite(squared.sum(1))
-            d *= _factors(squared, self._clip_norm)[..., None]
-        sums = [torch.bmm(d.transpose(1, 2), a).flatten(1)]
-        if self._biased:
-            sums.append(d.sum(1))
-        total = torch.cat(sums, 1)
+            factors = _factors(squared, self._clip_norm).repeat_interleave(batch.records, 1)
+        sums: dict[str, Tensor] = {}
+        for name, d in gradients.items():
+            scaled = d if factors is None else d * factors[..., None]
+            sums[f"{name}.weight"] = torch.bmm(scaled.transpose(1, 2), inputs[name])
+            if f"{name}.bias" in values:
+                sums[f"{name}.bias"] = scaled.sum(1)
+        total = self._shapes.join(sums, parameters)
         return total, torch.isfinite(total.sum(1)) if finite is None else finite
 
-    def _patients(
-        self, a: Tensor, d: Tensor, records: int, clip_norm: float
-    ) -> tuple[Tensor, Tensor]:
-        sites = len(a)
-        by_patient = (sites, -1, records)
-        a, d = a.view(*by_patient, a.shape[-1]), d.view(*by_patient, d.shape[-1])
-        gradients = (d.transpose(2, 3) @ a).flatten(2)
-        squared = gradients.square().sum(2)
-        biases = d.sum(2)
-        if self._biased:
-            squared += biases.square().sum(2)
-        factors = _factors(squared, clip_norm)[:, None]
-        sums = [torch.bmm(factors, gradients).squeeze(1)]
-        if self._biased:
-            sums.append(torch.bmm(factors, biases).squeeze(1))
-        return torch.cat(sums, 1), torch.isfinite(squared.sum(1))
-
-    def _differentiate(self, outputs: Tensor, labels: Tensor) -> Tensor:
+    def _run(
+        self, values: Mapping[str, Tensor], batch: StackedBatch
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """What goes into each layer, and the gradient of what comes out; nothing of padding."""
+        inputs: dict[str, Tensor] = {}
+        outputs: dict[str, Tensor] = {}
         with torch.enable_grad():
-            outputs = outputs.detach().requires_grad_()
-            return torch.autograd.grad(self._loss(outputs, labels).sum(), outputs)[0]
+            h = batch.features.flatten(2)
+            for number, layer in enumerate(self._layers):
+                if not isinstance(layer, nn.Linear):
+                    h = layer(h)
+                    continue
+                name = str(number)
+                inputs[name] = h.detach()
+                h = torch.bmm(h, values[f"{name}.weight"].transpose(1, 2))
+                if f"{name}.bias" in values:
+                    h = h + values[f"{name}.bias"][:, None]
+                if not h.requires_grad:
+                    h.requires_grad_()
+                outputs[name] = h
+            losses = self._loss(h.flatten(0, 1), batch.labels.flatten(0, 1))
+            total = (losses * batch.mask.flatten()).sum()
+            found = torch.autograd.grad(total, list(outputs.values()))
+        return inputs, dict(zip(outputs, found, strict=True))
+
+    def _squared(
+        self, inputs: Mapping[str, Tensor], gradients: Mapping[str, Tensor], records: int
+    ) -> Tensor:
+        """Squared norm of each patient's gradient, shape `(sites, patients)`."""
+        squared: list[Tensor] = []
+        for name, d in gradients.items():
+            a = inputs[name]
+            biased = f"{name}.bias" in self._shapes.names
+            if records == 1:
+                length = torch.linalg.vecdot(a, a)
+                squared.append(torch.linalg.vecdot(d, d) * (length + 1 if biased else length))
+                continue
+            by_patient = d.unflatten(1, (-1, records))
+            rows = a.unflatten(1, (-1, records))
+            squared.append((by_patient.transpose(2, 3) @ rows).square().sum((2, 3)))
+            if biased:
+                squared.append(by_patient.sum(2).square().sum(2))
+        return torch.stack(squared).sum(0)
+
+
+_ELEMENTWISE = (nn.ReLU, nn.Tanh, nn.Sigmoid, nn.GELU, nn.SiLU, nn.ELU, nn.LeakyReLU, nn.Identity)
+
+
+def _plain_layers(model: nn.Module) -> list[nn.Module] | None:
+    """The layers of a model of linear layers and elementwise functions, all trained; or None."""
+    if type(model) is not nn.Sequential:
+        return None
+    layers = list(model)
+    known = all(type(layer) is nn.Linear or type(layer) in _ELEMENTWISE for layer in layers)
+    if not known or not all(p.requires_grad for p in model.parameters()):
+        return None
+    return layers
 
 
 def _factors(squared: Tensor, clip_norm: float) -> Tensor:

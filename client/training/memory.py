@@ -2,6 +2,7 @@
 
 import math
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from fedward.client.training.plan import Mode
 from fedward.client.training.sampler import Batch
 
 _FLOAT = 4
+_SEEN: "WeakKeyDictionary[nn.Module, dict[tuple[int, ...], int]]" = WeakKeyDictionary()
 # Activations are held once for the backward pass, once as gradients, and once in passing.
 _COPIES = 3
 # Unfolded inputs of convolutions are large: in parts that fit into the cache, a step of a batch
@@ -37,12 +39,26 @@ def patients_at_once(model: nn.Module, one: Batch, *, mode: Mode | None, limit_m
     if mode == "closed-form":
         held *= _COPIES
     else:
-        held += _COPIES * _activations(model, one.features, patches=mode == "book-keeping")
+        held += _COPIES * _activations_once(model, one.features, patches=mode == "book-keeping")
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if mode in ("hooks", "functorch"):
         # Every record's gradient, and that of its patient.
         held += trained * (one.records + 1)
     return max(1, math.floor(limit_mb * 2**20 / (held * _FLOAT)))
+
+
+def _activations_once(model: nn.Module, features: Tensor, *, patches: bool) -> int:
+    """As `_activations`, remembered for as long as the model lives: a look costs a forward pass."""
+    known = _SEEN.setdefault(model, {})
+    key = (*features.shape, patches)
+    if key not in known:
+        training = model.training
+        model.eval()  # a look at shapes draws no dropout
+        try:
+            known[key] = _activations(model, features, patches=patches)
+        finally:
+            model.train(training)
+    return known[key]
 
 
 def _activations(model: nn.Module, features: Tensor, *, patches: bool) -> int:

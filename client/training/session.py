@@ -94,14 +94,14 @@ class Session:
         self._restore = unroll(model) if isinstance(guarantee, Private) else _nothing
         try:
             self.mode = _mode_of(model, plan, records=self._sampler.records)
-            model.eval()  # a look at shapes draws no dropout
             one = self._sampler.first()
             self._at_once = (
                 patients_at_once(model, one, mode=self.mode, limit_mb=plan.memory_limit_mb)
                 if one.patients
                 else 1
             )
-            model.train()
+            if not model.training:
+                model.train()
             self._clipper: Clipper = (
                 Plain(model, loss, trained)
                 if self.mode is None
@@ -258,7 +258,8 @@ class Session:
             own.copy_(p.data)
             p.data = own
         self._restore()
-        self._model.train(self._training)
+        if self._model.training != self._training:
+            self._model.train(self._training)
 
 
 def _mode_of(model: nn.Module, plan: TrainingPlan, *, records: int) -> Mode | None:

@@ -150,13 +150,14 @@ def _sorted(
     """Sites along a line of ranks, blurred by what `strength` leaves to chance."""
     if not 0 <= strength <= 1:
         raise ValueError(f"strength is from 0 to 1, not {strength}")
+    given = size
     size, again = _size(source, num_sites, size)
     rows = len(values)
     ranks = np.empty(rows)
     ranks[np.lexsort((source.rng.random(rows), values))] = (np.arange(rows) + 0.5) / rows
     if not again:
         blurred = strength * ranks + (1 - strength) * source.rng.random(rows)
-        order = np.argsort(blurred, kind="stable")[: size * num_sites]
+        order = np.argsort(blurred, kind="stable")[: given * num_sites or rows]
         return _named(np.array_split(order, num_sites))
     sites = []
     for number in range(num_sites):
