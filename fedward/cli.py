@@ -71,7 +71,7 @@ def demo(
 
 
 @app.command()
-def simulate(
+def simulate(  # noqa: PLR0917 (options, which typer passes by name)
     study: StudyFile,
     json_output: Json = False,
     out: Annotated[
@@ -83,8 +83,23 @@ def simulate(
     runtime: Annotated[
         str | None, typer.Option(help="in-process, ray or loopback; by default the study's.")
     ] = None,
+    durable: Annotated[
+        bool, typer.Option("--durable", help="Give each simulated site a ledger file of its own.")
+    ] = False,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(help='Vary a setting: "privacy.epsilon=1,2,4". May be given several times.'),
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds of each setting of a sweep.")] = 1,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Runs of a sweep at a time; by default one a core.")
+    ] = None,
 ) -> None:
-    """Run a study with all its sites on this machine."""
+    """Run a study with all its sites on this machine, once or over a sweep of settings."""
+    if sweep or seeds > 1:
+        folder = resume or out or Path("runs") / f"{study.stem}-sweep"
+        _sweep(study, sweep or [], folder, seeds=seeds, workers=workers, json_output=json_output)
+        return
     from fedward.console import follow, print_result
     from fedward.core.run import new_run_path
     from fedward.core.study import load_study
@@ -98,12 +113,30 @@ def simulate(
     path = resume or out or new_run_path(Path("runs"), loaded)
     run = prepare_run(study, path, resume=resume is not None)
     with follow(run, rounds=loaded.study.rounds, quiet=json_output):
-        result = run_study(study, run, runtime=runtime)
+        result = run_study(study, run, runtime=runtime, durable=durable)
     write_report(run)
     if json_output:
         _emit(result)
     else:
         print_result(result)
+
+
+def _sweep(
+    study: Path, axes: list[str], out: Path, *, seeds: int, workers: int | None, json_output: bool
+) -> None:
+    import os
+
+    from fedward.console import print_sweep, show_sweep
+    from fedward.simulations.sweep import plan_sweep, run_sweep
+
+    points = plan_sweep(study, axes, seeds=seeds)
+    at_once = workers or os.cpu_count() or 1
+    with show_sweep(len(points), quiet=json_output) as progress:
+        result = run_sweep(study, points, out, workers=at_once, progress=progress)
+    if json_output:
+        _emit(result)
+    else:
+        print_sweep(result)
 
 
 @app.command()

@@ -67,6 +67,42 @@ def _watch(run: RunDirectory, progress: Progress, task: Any, stop: threading.Eve
         time.sleep(_LOOK_EVERY)
 
 
+@contextlib.contextmanager
+def show_sweep(runs: int, *, quiet: bool) -> Iterator[Callable[[int, int, float], None]]:
+    """Show a sweep's progress, with the time to its end at the rate so far."""
+    if quiet or not _ERR.is_terminal:
+        yield lambda _done, _of, _left: None
+        return
+    with _bar() as bar:
+        task = bar.add_task("sweep: first runs", total=runs)
+
+        def show(done: int, of: int, left: float) -> None:
+            minutes, seconds = divmod(round(left), 60)
+            what = f"sweep: about {minutes}:{seconds:02d} left"
+            bar.update(task, completed=done, total=of, description=what)
+
+        yield show
+
+
+def print_sweep(result: Mapping[str, Any]) -> None:
+    """The table of a sweep: a row a setting, means over its seeds."""
+    table = Table(box=box.SIMPLE_HEAD)
+    columns = ("pooled.auroc", "pooled.accuracy", "worst.auroc", "seconds")
+    for name in (*result["axes"], "seeds", *columns, "epsilon spent"):
+        table.add_column(name, justify="right")
+    for row in result["summary"]:
+        table.add_row(
+            *(f"{row[axis]}" for axis in result["axes"]),
+            str(row["seeds"]),
+            *(f"{number(row.get(c))} ± {number(row.get(f'{c} ±'))}" for c in columns),
+            number(row["epsilon spent"], 2),
+        )
+    _OUT.print(table)
+    for folder, problem in result["failed"].items():
+        _OUT.print(f"failed: {folder}: {problem}", style="yellow")
+    _OUT.print(f"{len(result['runs'])} runs, table and picture: {result['folder']}")
+
+
 def print_result(result: Mapping[str, Any]) -> None:
     """The end of a run: metrics by site, epsilon, and where the release is."""
     metrics, privacy = result["metrics"], result["privacy"]

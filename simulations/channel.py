@@ -20,6 +20,7 @@ from fedward.server.channel import Channel, Reply
 from fedward.simulations.cohort import Cohort, CohortSite, Turn
 from fedward.simulations.engines import Choice, choose_engine
 from fedward.simulations.sites import PartitionSite
+from fedward.strategies.strategy import Vector
 from fedward.tasks.registry import get_task
 from fedward.transport.payload import Payload
 
@@ -110,17 +111,20 @@ class CohortChannel:
                 begun[node] = str(error)
         todo = [n for n, r in begun.items() if isinstance(r, Round) and r.again is None]
         updates = self._updates({node: begun[node] for node in todo})
-        for node, state in begun.items():
-            if isinstance(state, str):
-                yield Reply(node, None, state)
-                continue
-            update = state.again if state.again is not None else next(updates)
-            try:
-                answer = finish_round(self._sites[node], state, update)
-            except FedwardError as error:
-                yield Reply(node, None, str(error))
-            else:
-                yield Reply(node, answer)
+        # All settle before one answer leaves, as they would if the coordinator went away now.
+        yield from [
+            Reply(node, None, state)
+            if isinstance(state, str)
+            else self._finish(node, state, updates)
+            for node, state in begun.items()
+        ]
+
+    def _finish(self, node: int, begun: Round, updates: Iterator[Vector]) -> Reply:
+        update = begun.again if begun.again is not None else next(updates)
+        try:
+            return Reply(node, finish_round(self._sites[node], begun, update))
+        except FedwardError as error:
+            return Reply(node, None, str(error))
 
     def _updates(self, begun: Mapping[int, Any]) -> Iterator[Any]:
         if not begun or self._cohort is None:

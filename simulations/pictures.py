@@ -85,6 +85,33 @@ def sites_by_class(counts: Mapping[str, Mapping[str, int]], *, label: str) -> st
     return _svg(figure, "patients of each site by class")
 
 
+def sweep(summary: Sequence[Mapping[str, Any]], *, axes: Sequence[str]) -> str:
+    """AUC over the first axis, a line for each setting of the others, spread over seeds."""
+    figure, axis = _figure(6.6, 3.4)
+    options = list(dict.fromkeys(row[axes[0]] for row in summary))
+    lines: dict[str, list[Mapping[str, Any]]] = {}
+    for row in summary:
+        lines.setdefault(", ".join(f"{row[name]}" for name in axes[1:]), []).append(row)
+    for number, (label, rows) in enumerate(lines.items()):
+        known = [row for row in rows if "pooled.auroc" in row]
+        axis.errorbar(
+            [options.index(row[axes[0]]) for row in known],
+            [row["pooled.auroc"] for row in known],
+            [row["pooled.auroc ±"] for row in known],
+            color=COLOURS[(number + 2) % len(COLOURS)],
+            marker="o",
+            capsize=3,
+            label=label or None,
+        )
+    axis.set_xticks(range(len(options)), [str(option) for option in options])
+    axis.set_xlabel(axes[0])
+    axis.set_ylabel("AUC, all held-out patients")
+    _frame(axis, "y")
+    if len(lines) > 1:
+        figure.legend(loc="upper center", ncols=len(lines), frameon=False, fontsize=9)
+    return _svg(figure, f"AUC by {axes[0]}")
+
+
 def calibration(histogram: Sequence[Sequence[float]], *, bins: int = 8) -> str:
     """Observed against predicted risk.
 

@@ -1,7 +1,7 @@
 """`report.html`: one page about a run, without a request to anywhere."""
 
 import html
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,10 @@ from fedward.core.run import RunDirectory
 from fedward.core.study import load_study
 from fedward.privacy.accounting import dp_sgd_event, privacy_spent
 from fedward.simulations import pictures
+
+_HAPPENINGS = ("dropped", "late", "crashed", "attacked")
+_ROUNDS_SHOWN, _TROUBLES_SHOWN = 8, 200
+_MANY_SITES = 60
 
 _PAGE = """\
 <!doctype html>
@@ -233,17 +237,72 @@ def _adversaries(privacy: Mapping[str, Any]) -> str:
 
 
 def _events(run: RunDirectory) -> str:
-    told = {"refused", "failed", "not evaluated", "release not accepted", "aborted"}
-    troubles = [event for event in run.events() if event["event"] in told]
+    happened = list(run.events())
+    return _to_whom(happened) + _troubles(happened)
+
+
+def _to_whom(events: Sequence[Mapping[str, Any]]) -> str:
+    """A row a site to which something happened: in how many rounds, and in which."""
+    malicious = {
+        site: str(event["attack"])
+        for event in events
+        if event["event"] == "malicious"
+        for site in event["sites"]
+    }
+    rounds: dict[str, dict[str, list[int]]] = {site: {} for site in malicious}
+    for event in events:
+        if event["event"] in _HAPPENINGS:
+            site = rounds.setdefault(str(event["site"]), {})
+            site.setdefault(event["event"], []).append(event["round"])
+    crashes = [e for e in events if e["event"] == "coordinator crashed"]
+    waited = sum(e["virtual_seconds"] for e in events if e["event"] == "waited")
+    if not rounds and not crashes and not waited:
+        return ""
+    head = "".join(f"<th>{_e(name)}</th>" for name in ("site", *_HAPPENINGS, "role"))
+    rows = "".join(
+        f"<tr><td>{_e(site)}</td>"
+        + "".join(f"<td>{_e(_which(found.get(name, [])))}</td>" for name in _HAPPENINGS)
+        + f"<td>{_e(malicious.get(site, 'honest'))}</td></tr>"
+        for site, found in sorted(rounds.items())
+    )
+    notes = [f"The coordinator: {event['reason']}." for event in crashes]
+    if waited:
+        notes.append(f"Rounds took {waited:.0f} virtual seconds in all, of which nobody waited.")
+    return (
+        f'<h2>What happened to whom, in which rounds</h2><div class="panel"><table><tr>{head}</tr>'
+        f'{rows}</table></div><p class="small">{_e(chr(10).join(notes))}</p>'
+    )
+
+
+def _which(rounds: Sequence[int]) -> str:
+    """Round numbers, shortened: "3: 2, 5, 9"."""
+    if not rounds:
+        return "–"
+    shown = ", ".join(str(number) for number in rounds[:_ROUNDS_SHOWN])
+    return f"{len(rounds)}: {shown}{', …' if len(rounds) > _ROUNDS_SHOWN else ''}"
+
+
+def _troubles(events: Sequence[Mapping[str, Any]]) -> str:
+    told = {"refused", "failed", "not evaluated", "release not accepted", "aborted", "retried"}
+    scenario = {(e["site"], e["round"]) for e in events if e["event"] in _HAPPENINGS}
+    troubles = [
+        event
+        for event in events
+        if event["event"] in told and (event.get("site"), event.get("round")) not in scenario
+    ]
     if not troubles:
         return ""
     items = "".join(
         f"<tr><td>{_e(event['event'])}</td><td>{_e(str(event.get('round', '')))}</td>"
         f"<td>{_e(str(event.get('site') or event.get('node') or ''))}</td>"
         f'<td style="text-align:left;white-space:normal">{_e(str(event["reason"]))}</td></tr>'
-        for event in troubles
+        for event in troubles[:_TROUBLES_SHOWN]
     )
-    return f'<h2>What went wrong on the way</h2><div class="panel"><table>{items}</table></div>'
+    more = len(troubles) - _TROUBLES_SHOWN
+    note = f'<p class="small">and {more} more, in events.jsonl</p>' if more > 0 else ""
+    return (
+        f'<h2>What went wrong on the way</h2><div class="panel"><table>{items}</table></div>{note}'
+    )
 
 
 def _panel(title: str, picture: str) -> str:

@@ -215,8 +215,8 @@ class _Layers:
                 length = torch.linalg.vecdot(a, a)
                 squared.append(torch.linalg.vecdot(d, d) * (length + 1 if biased else length))
                 continue
-            by_patient = d.unflatten(1, (-1, records))
-            rows = a.unflatten(1, (-1, records))
+            by_patient = d.view(len(d), -1, records, d.shape[-1])
+            rows = a.view(len(a), -1, records, a.shape[-1])
             squared.append((by_patient.transpose(2, 3) @ rows).square().sum((2, 3)))
             if biased:
                 squared.append(by_patient.sum(2).square().sum(2))

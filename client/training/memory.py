@@ -39,7 +39,8 @@ def patients_at_once(model: nn.Module, one: Batch, *, mode: Mode | None, limit_m
     if mode == "closed-form":
         held *= _COPIES
     else:
-        held += _COPIES * _activations_once(model, one.features, patches=mode == "book-keeping")
+        patches = mode == "book-keeping"
+        held += _COPIES * _activations_once(model, one.features, patches=patches)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if mode in ("hooks", "functorch"):
         # Every record's gradient, and that of its patient.
