@@ -1,0 +1,349 @@
+"""Simulation at speed: one job on Fedward, a plain torch loop, pfl, Flower on Ray, NVFlare.
+
+    benchmarks/peers/setup.sh FOLDER                 # once: the peers' virtual environments
+    python benchmarks/simulation.py [--peers FOLDER] [--quick] [--json] [--show 1|2|3|5]
+
+Breast cancer data, an MLP 30-64-2, FedAvg, one local epoch, batch 32, 10 rounds, the same rows at
+each site for everybody. Every contender is a process of its own. Time of a round is processor time
+(median over rounds, first one left out) where the contender is one process, so that a busy machine
+does not blur ratios, and wall time where it is many; memory is the peak over all its processes.
+Fedward's processes do everything that a run does: study, admission, ledgers, evaluation, a signed
+release. Show 2 adds privacy; show 3 grows the number of sites; show 5 needs a GPU.
+"""
+
+import argparse
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+HERE = Path(__file__).parent
+ROWS_A_SITE = 28
+_LOOK_EVERY = 0.1
+_PATIENCE = 900.0
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """Who does the job: a name, a script of `peers/`, its arguments, and whose Python."""
+
+    name: str
+    script: str
+    arguments: tuple[str, ...] = ()
+    peer: str | None = None
+
+
+PLAIN = Contender("plain loop", "plain.py")
+PER_SITE = Contender("fedward in-process", "fedward_job.py", ("per-site",))
+VECTORISED = Contender("fedward vectorised", "fedward_job.py", ("vectorised",))
+PFL = Contender("pfl-research", "pfl_job.py", peer="pfl")
+RAY = Contender("flower on ray", "flower_ray.py")
+NVFLARE = Contender("nvflare", "nvflare_job.py", peer="nvflare")
+OPACUS = Contender("opacus loop", "opacus_loop.py")
+PFL_PRIVATE = Contender("pfl-research private", "pfl_job.py", ("private",), peer="pfl")
+PER_SITE_PRIVATE = Contender(
+    "fedward in-process private", "fedward_job.py", ("per-site", "private")
+)
+VECTORISED_PRIVATE = Contender(
+    "fedward vectorised private", "fedward_job.py", ("vectorised", "private")
+)
+
+
+def write_job(folder: Path, *, sites: int, model: str, rounds: int, size: int) -> None:
+    """Write what `peers/job.py` reads: the same rows for everybody."""
+    import breast_cancer
+
+    from fedward.simulations.partitions import make_partition
+    from fedward.tasks import datasets
+
+    partition = make_partition(
+        datasets.pooled("breast_cancer:DATASET"),
+        label="malignant",
+        kind="temporal",
+        args={"num_sites": sites, "strength": 1.0, "size": size},
+        seed=0,
+    )
+    rows = list(partition.rows.values())
+    folder.mkdir(parents=True)
+    np.savez(
+        folder / "data.npz",
+        **breast_cancer.arrays(),
+        rows=np.concatenate(rows),
+        starts=np.cumsum([0] + [len(r) for r in rows]),
+    )
+    settings = {"model": model, "rounds": rounds, "batch": 32, "learning_rate": 0.1}
+    settings |= {"clip_norm": 1.0, "noise_multiplier": 1.0}
+    (folder / "job.json").write_text(json.dumps(settings))
+    (folder / "partition.json").write_text(json.dumps({"size": size}))
+
+
+def run(contender: Contender, job: Path, *, peers: Path | None, device: str) -> dict[str, Any]:
+    """Run one contender to its end; says `missing` or `failed` where there is no figure."""
+    python = sys.executable
+    if contender.peer is not None:
+        python = str((peers or Path()) / contender.peer / "bin" / "python")
+        if peers is None or not Path(python).exists():
+            return {"contender": contender.name, "missing": "not installed; see peers/setup.sh"}
+    command = [python, str(HERE / "peers" / contender.script), str(job), *contender.arguments]
+    if device != "cpu" and contender.script == "fedward_job.py":
+        command.append(device)
+    paths = [str(HERE / "peers"), str(HERE)]
+    if contender.peer is None:
+        paths += [str(HERE.parent), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    begun = time.perf_counter()
+    with tempfile.TemporaryFile() as output:
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=job
+        )
+        watch = _Memory(process.pid)
+        try:
+            process.wait(_PATIENCE)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        seconds = time.perf_counter() - begun
+        peak = watch.stop()
+        output.seek(0)
+        text = output.read().decode(errors="replace")
+    results = [line for line in text.splitlines() if line.startswith("RESULT ")]
+    if not results:
+        return {"contender": contender.name, "failed": text.strip()[-300:]}
+    value = json.loads(results[-1].removeprefix("RESULT "))
+    kind = "round_wall" if math.isnan(value["round_cpu"][0]) else "round_cpu"
+    rounds = value[kind][1:] or value[kind]
+    return {
+        "contender": contender.name,
+        "accuracy": round(value["accuracy"], 4),
+        "round_ms": statistics.median(rounds) * 1e3,
+        "round_is": "wall" if kind == "round_wall" else "processor",
+        "process_s": seconds,
+        "peak_mb": max(peak, value["max_rss_mb"]),
+    }
+
+
+class _Memory:
+    """Peak over time of the resident memory of a process and all below it, in MiB."""
+
+    def __init__(self, root: int) -> None:
+        self._root, self._peak, self._stop = root, 0.0, threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(_LOOK_EVERY):
+            self._peak = max(self._peak, self._now())
+
+    def _now(self) -> float:
+        parents, resident = {}, {}
+        for entry in Path("/proc").iterdir():
+            if not entry.name.isdigit():
+                continue
+            try:
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            parents[int(entry.name)] = int(fields[1])
+            resident[int(entry.name)] = int(fields[21]) * os.sysconf("SC_PAGESIZE")
+        total = 0
+        for pid, held in resident.items():
+            above = pid
+            while above > 1 and above != self._root:
+                above = parents.get(above, 0)
+            total += held if above == self._root else 0
+        return total / 2**20
+
+    def stop(self) -> float:
+        """The peak."""
+        self._stop.set()
+        self._thread.join()
+        return self._peak
+
+
+class Bench:
+    """Runs contenders and keeps what came out, with the bars."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments = arguments
+        self.rows: list[dict[str, Any]] = []
+        self.bars: list[dict[str, Any]] = []
+        self.notes: list[str] = []
+
+    def measure(
+        self,
+        contenders: list[Contender],
+        *,
+        sites: int,
+        model: str = "mlp",
+        size: int = ROWS_A_SITE,
+    ) -> dict[str, dict[str, Any]]:
+        """One job for each contender."""
+        rounds = 4 if self.arguments.quick else 10
+        found = {}
+        with tempfile.TemporaryDirectory(prefix="fedward-bench-") as folder:
+            job = Path(folder) / "job"
+            # 16 sites share the 455 rows out; more sites draw theirs from them.
+            own = 0 if sites * size <= 455 and sites == 16 else size
+            write_job(job, sites=sites, model=model, rounds=rounds, size=own)
+            for contender in contenders:
+                row = run(contender, job, peers=self.arguments.peers, device=self.arguments.device)
+                row |= {"sites": sites, "model": model, "rows_a_site": size}
+                self.rows.append(row)
+                found[contender.name] = row
+                self._show(row)
+        return found
+
+    def bar(self, name: str, value: float | None, bar: float, *, at_least: bool) -> None:
+        """Hold a figure against a bar; one that could not be measured is not held."""
+        holds = value is not None and (value >= bar if at_least else value <= bar)
+        self.bars.append({"name": name, "value": value, "bar": bar, "holds": holds})
+        if not self.arguments.json:
+            said = "not measured" if value is None else f"{value:.3g}"
+            sign = "at least" if at_least else "at most"
+            print(f"  {'holds ' if holds else 'MISSED'} {name}: {said} ({sign} {bar:g})")
+
+    def _show(self, row: dict[str, Any]) -> None:
+        if self.arguments.json:
+            return
+        what = row.get("missing") or row.get("failed")
+        if what:
+            print(f"{row['sites']:>6} sites  {row['contender']:<28} {what}")
+            return
+        print(
+            f"{row['sites']:>6} sites  {row['contender']:<28} {row['round_ms']:9.2f} ms a round "
+            f"({row['round_is']})  {row['process_s']:7.1f} s  {row['peak_mb']:7.0f} MB  "
+            f"accuracy {row['accuracy']:.3f}",
+            flush=True,
+        )
+
+
+def ratio(
+    found: dict[str, dict[str, Any]], over: Contender, under: Contender, key: str = "round_ms"
+) -> float | None:
+    """One contender's figure over another's; None if either has none."""
+    values = [found.get(c.name, {}).get(key) for c in (over, under)]
+    return None if None in values else float(values[0] / values[1])
+
+
+def show_1(bench: Bench) -> None:
+    """Everybody on one job, at 16, 100 and 1,000 sites."""
+    quick = bench.arguments.quick
+    few = [PLAIN, PER_SITE, VECTORISED]
+    found = bench.measure(few if quick else [*few, PFL, RAY, NVFLARE], sites=16)
+    memory = [found[c.name].get("peak_mb", math.inf) for c in (PER_SITE, VECTORISED)]
+    bench.bar("in-process over plain, 16 sites", ratio(found, PER_SITE, PLAIN), 1.3, at_least=False)
+    bench.bar("plain over vectorised, 16 sites", ratio(found, PLAIN, VECTORISED), 1, at_least=True)
+    bench.bar("whole process, MB, 16 sites", max(memory), 500, at_least=False)
+    if not quick:
+        for peer in (RAY, NVFLARE):
+            name = f"{peer.name} over in-process, whole process, 16 sites"
+            bench.bar(name, ratio(found, peer, PER_SITE, "process_s"), 10, at_least=True)
+        said = [row["accuracy"] for row in found.values() if "accuracy" in row]
+        bench.notes.append(f"final accuracies at 16 sites: {min(said)} to {max(said)}")
+    found = bench.measure(few if quick else [*few, PFL], sites=100)
+    memory = [found[c.name].get("peak_mb", math.inf) for c in (PER_SITE, VECTORISED)]
+    name = "in-process over plain, 100 sites"
+    bench.bar(name, ratio(found, PER_SITE, PLAIN), 1.3, at_least=False)
+    bench.bar("whole process, MB, 100 sites", max(memory), 500, at_least=False)
+    if not quick:
+        found = bench.measure([PLAIN, VECTORISED, PFL], sites=1000)
+        name = "plain over vectorised, 1,000 sites"
+        bench.bar(name, ratio(found, PLAIN, VECTORISED), 5, at_least=True)
+
+
+def show_2(bench: Bench) -> None:
+    """With privacy, at 100 sites: one batch a round, and an epoch of ten."""
+    for model in ("logistic", "mlp"):
+        private = [OPACUS, PLAIN, VECTORISED_PRIVATE]
+        if not bench.arguments.quick:
+            private += [PER_SITE_PRIVATE, PFL_PRIVATE]
+        for size in (28,) if bench.arguments.quick else (28, 320):
+            found = bench.measure(private, sites=100, model=model, size=size)
+            label = f"{model}, 100 sites, {size} rows"
+            value = ratio(found, OPACUS, VECTORISED_PRIVATE)
+            bench.bar(f"opacus over vectorised private, {label}", value, 15, at_least=True)
+            value = ratio(found, PLAIN, VECTORISED_PRIVATE)
+            bench.bar(
+                f"plain, not private, over vectorised private, {label}", value, 1, at_least=True
+            )
+
+
+def show_3(bench: Bench) -> None:
+    """Time and memory over the number of sites, and the slope of their logarithms."""
+    counts = [10, 100, 1000] if bench.arguments.quick else [10, 100, 1000, 10_000]
+    rows = [bench.measure([VECTORISED], sites=count)[VECTORISED.name] for count in counts]
+    known = [(count, row) for count, row in zip(counts, rows, strict=True) if "round_ms" in row]
+    logs = np.log([count for count, _ in known])
+    for key, name in (("round_ms", "time of a round"), ("peak_mb", "memory")):
+        slope = float(np.polyfit(logs, np.log([row[key] for _, row in known]), 1)[0])
+        bench.bar(f"slope of log {name} over log sites", slope, 1.0, at_least=False)
+    small, large = known[0][1]["peak_mb"], known[-1][1]["peak_mb"]
+    each = (large - small) * 1024 / (known[-1][0] - known[0][0])
+    bench.notes.append(f"memory grows by {each:.1f} KiB a site, of which data are 3.4 KiB")
+    _draw(known, bench)
+
+
+def _draw(known: list[tuple[int, dict[str, Any]]], bench: Bench) -> None:
+    if bench.arguments.picture is None:
+        return
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    for number, (key, label) in enumerate((("round_ms", "ms a round"), ("peak_mb", "MB"))):
+        axes = figure.add_subplot(1, 2, number + 1)
+        axes.loglog([c for c, _ in known], [row[key] for _, row in known], marker="o")
+        axes.set_xlabel("sites")
+        axes.set_ylabel(label)
+        axes.grid(visible=True, which="both", alpha=0.3)
+    figure.savefig(bench.arguments.picture)
+
+
+def show_5(bench: Bench) -> None:
+    """The same on a GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        bench.notes.append(
+            "show 5: no GPU here; run with --show 5 --device cuda where there is one"
+        )
+        return
+    bench.arguments.device = "cuda"
+    for sites in (100, 1000, 10_000):
+        bench.measure([VECTORISED, VECTORISED_PRIVATE, PFL], sites=sites)
+
+
+SHOWS = {1: show_1, 2: show_2, 3: show_3, 5: show_5}
+
+
+def main() -> None:
+    """Run what is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--peers", type=Path, help="folder that peers/setup.sh filled")
+    parser.add_argument("--show", type=int, choices=sorted(SHOWS), action="append")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--picture", type=Path, help="where show 3 draws, .svg or .png")
+    bench = Bench(parser.parse_args())
+    sys.path.insert(0, str(HERE))
+    for number in bench.arguments.show or ([1, 3] if bench.arguments.quick else sorted(SHOWS)):
+        SHOWS[number](bench)
+    if bench.arguments.json:
+        value = {"rows": bench.rows, "notes": bench.notes, "bars": bench.bars}
+        print(json.dumps(value))
+    else:
+        print("\n".join(bench.notes))
+
+
+if __name__ == "__main__":
+    main()
