@@ -32,13 +32,11 @@ def from_vector(model: "nn.Module", vector: NDArray[np.float32]) -> None:
             f"the model has {expected} float32 parameters, the vector is "
             f"{vector.dtype} of shape {vector.shape}"
         )
-    start = 0
+    # One copy: what came over a wire is read-only, which torch would not take.
+    pieces = torch.split(torch.from_numpy(vector.copy()), [p.numel() for p in parameters])
     with torch.no_grad():
-        for parameter in parameters:
-            # A copy: torch warns of views of read-only buffers, which received arrays are.
-            piece = vector[start : start + parameter.numel()].copy()
-            parameter.copy_(torch.from_numpy(piece).view(parameter.shape))
-            start += parameter.numel()
+        for parameter, piece in zip(parameters, pieces, strict=True):
+            parameter.copy_(piece.view_as(parameter))
 
 
 def to_named(model: "nn.Module") -> dict[str, NDArray[np.float32]]:

@@ -111,9 +111,10 @@ class PoissonSampler:
 
     def first(self) -> Batch:
         """The first record as often as a patient has rows: a batch of the right shape."""
-        rows = slice(0, 1)
-        features = self._features[rows].repeat_interleave(self.records, 0)
-        return Batch(features, self._labels[rows], None, self.records)
+        features, labels = self._features[:1], self._labels[:1]
+        if self.records > 1:
+            features = features.repeat_interleave(self.records, 0)
+        return Batch(features, labels, None, self.records)
 
     def choose(self, noise: NoiseSource) -> tuple[NDArray[np.int64], NDArray[np.bool_] | None]:
         """Which rows the next step takes; nobody at all is an answer like any other.
