@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad
 
 from fedward.client.training.bookkeeping import STABILITY, Loss, leaves_of, make_clipped_sum
+from fedward.client.training.modes import validate
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +68,7 @@ def make_stacked_sum(
         return _Layers(layers, loss, shapes, clip_norm)
     if clip_norm is None:
         return _plain(model, loss, shapes)
+    validate(model)
     return _clipped(model, loss, shapes, features, clip_norm=clip_norm, records=records)
 
 

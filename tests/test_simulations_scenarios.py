@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from studies import EPSILON_4, NO_PRIVACY, write_study
 from test_simulate import model_of
 
@@ -117,7 +118,7 @@ def scenario(**settings: object) -> Scenario:
 
 @pytest.mark.parametrize("kind", ["independent", "bursty"])
 def test_dropout_has_its_rate(kind: str) -> None:
-    happening = scenario(dropout=Dropout(kind=kind, rate=0.3))
+    happening = scenario(dropout=Dropout.model_validate({"kind": kind, "rate": 0.3}))
     sites, rounds = 400, 40
 
     away = np.array(
@@ -140,7 +141,7 @@ def test_half_of_the_stragglers_are_faster_than_the_median() -> None:
         assert abs(np.mean(np.array(seconds) < 30.0) - 0.5) < 6.2 * 0.5 / math.sqrt(4000)
 
 
-def updates(count: int) -> list[np.ndarray]:  # type: ignore[type-arg] # a test's arrays
+def updates(count: int) -> list[NDArray[np.float32]]:
     rng = np.random.default_rng(1)
     return [(1 + 0.3 * rng.normal(size=50)).astype(np.float32) for _ in range(count)]
 

@@ -10,11 +10,11 @@ Rows come patient by patient, `records` rows a patient; a patient's gradient is 
 the rows, so rows are treated as one more axis of positions.
 """
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from opacus.layers.dp_rnn import RNNLinear
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -46,13 +46,19 @@ Call = tuple[Tensor, Tensor]  # what went into a layer, and the gradient of what
 def supported(layer: nn.Module) -> bool:
     """Whether `part_of` knows this layer as it is configured."""
     kind = type(layer)
-    if kind in (nn.Linear, RNNLinear, nn.GroupNorm, nn.LayerNorm):
+    if kind in (nn.Linear, nn.GroupNorm, nn.LayerNorm) or _is_rnn_linear(kind):
         return True
     if isinstance(layer, nn.Embedding) and kind is nn.Embedding:
         return layer.max_norm is None and not layer.sparse and not layer.scale_grad_by_freq
     if isinstance(layer, nn.Conv1d | nn.Conv2d) and kind in (nn.Conv1d, nn.Conv2d):
         return layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
     return False
+
+
+def _is_rnn_linear(kind: type[nn.Module]) -> bool:
+    """Opacus' own linear layer; a model that has one has imported Opacus, which takes seconds."""
+    opacus = sys.modules.get("opacus.layers.dp_rnn")
+    return opacus is not None and kind is opacus.RNNLinear
 
 
 def learns(layer: nn.Module, name: str) -> bool:

@@ -2,13 +2,10 @@
 
 from collections.abc import Sequence
 
-from opacus.grad_sample import GradSampleModule
-from opacus.validators import ModuleValidator
 from torch import nn
 
 from fedward.client.training.bookkeeping import Loss, leaves_of
 from fedward.client.training.clippers import BookKeeping, Clipper, ClosedForm, linear_of
-from fedward.client.training.opacus_modes import Ghost, PerSample
 from fedward.client.training.plan import Mode
 
 # Above this, per-record gradients of a batch cost more than a second backward pass.
@@ -33,6 +30,8 @@ def choose_mode(model: nn.Module, *, batch_size: float, records: int = 1) -> Mod
         for module in model.modules()
         if any(p.requires_grad for p in module.parameters(recurse=False))
     ]
+    from opacus.grad_sample import GradSampleModule  # Opacus takes seconds to import
+
     known = all(type(module) in GradSampleModule.GRAD_SAMPLERS for module in trained)
     if not known:
         return "functorch"
@@ -62,8 +61,12 @@ def make_clipper(
         case "book-keeping":
             return BookKeeping(model, loss, trained)
         case "ghost":
+            from fedward.client.training.opacus_modes import Ghost
+
             return Ghost(model, loss, trained)
         case "hooks" | "functorch":
+            from fedward.client.training.opacus_modes import PerSample
+
             return PerSample(model, loss, trained, kind=mode)
         case "auto":
             raise ValueError("choose a mode first; see choose_mode")
@@ -75,6 +78,8 @@ def validate(model: nn.Module) -> None:
     Raises:
         ValueError: What Opacus' validator finds, such as batch normalisation.
     """
+    from opacus.validators import ModuleValidator
+
     errors = ModuleValidator.validate(model, strict=False)
     if errors:
         raise ValueError(

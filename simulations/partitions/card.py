@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 
-from fedward.simulations import pictures
 from fedward.simulations.partitions.partition import Partition
 from fedward.tasks.task import Table
 
@@ -42,6 +41,8 @@ def data_card(partition: Partition, table: Table, *, label: str) -> dict[str, An
 
 def draw_card(card: Mapping[str, Any]) -> str:
     """Sizes and classes of the sites as an SVG picture; of many sites, an even choice."""
+    from fedward.simulations import pictures  # matplotlib takes a while
+
     names = list(card["sites"])
     if len(names) > _DRAWN:
         names = [names[i] for i in np.linspace(0, len(names) - 1, _DRAWN).astype(int)]
