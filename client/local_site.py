@@ -59,7 +59,7 @@ class LocalSite:
         self.state = file.parent / self.site.site.state
         self._admitted: dict[str, Admitted] = {}
         self._examples: dict[str, tuple[Examples, Examples]] = {}
-        self.sessions: dict[str, SiteSession] = {}
+        self.sessions: dict[str, tuple[str, SiteSession]] = {}
         self._sizes: dict[str, int] = {}
         self._open_state()
 

@@ -165,11 +165,12 @@ def _session(site: LocalSite, study: Study, terms: Terms) -> SiteSession:
 
 
 def _thaw(site: LocalSite, study: Study, kept: dict[str, Any]) -> SiteSession:
-    session = site.sessions.get(study.hash)
-    if session is None:
-        session = _session(site, study, Terms(**kept["terms"]))
+    frozen, session = site.sessions.get(study.hash, ("", None))
+    # Another process of this site may have gone on since: what is on disk is the newest.
+    if session is None or frozen != kept["session"]:
+        session = _session(site, study, Terms.from_json(kept["terms"]))
         session.thaw(kept["session"].encode())
-        site.sessions[study.hash] = session
+        site.sessions[study.hash] = (kept["session"], session)
     return session
 
 
@@ -182,8 +183,9 @@ def _load(site: LocalSite, study: Study) -> dict[str, Any] | None:
 
 
 def _save(site: LocalSite, study: Study, session: SiteSession, kept: dict[str, Any]) -> None:
-    site.sessions[study.hash] = session
-    _write(site, study, {**kept, "session": session.freeze().decode()})
+    frozen = session.freeze().decode()
+    site.sessions[study.hash] = (frozen, session)
+    _write(site, study, {**kept, "session": frozen})
 
 
 def _write(site: LocalSite, study: Study, value: dict[str, Any]) -> None:

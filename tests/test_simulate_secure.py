@@ -206,3 +206,22 @@ def test_a_strategy_that_must_see_single_updates_is_refused_at_the_start(
 
     with pytest.raises(ConfigError, match=r"\[strategy\] name.*\[aggregation\] secure = true"):
         run_study(file)
+
+
+def test_a_site_may_be_two_processes_that_take_turns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, _ = run_study(secure_study(tmp_path / "whole", rounds=3))
+    processes: list[dict[Path, LocalSite]] = [{}, {}]
+    turn = iter(range(1000))
+
+    def open_in_turn(_: LocalSites, file: Path) -> LocalSite:
+        # Not a multiple of the sites, so that each site is now here, now there.
+        opened = processes[next(turn) // 3 % 2]
+        return opened.setdefault(file, LocalSite(file))
+
+    monkeypatch.setattr(LocalSites, "__getitem__", open_in_turn)
+
+    shared, _ = run_study(secure_study(tmp_path / "shared", rounds=3))
+
+    np.testing.assert_array_equal(model_of(shared), model_of(whole))
