@@ -1,24 +1,33 @@
 """A site's answers to what a coordinator may ask: admit, train, evaluate, take a release."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import nn
 
+from fedward.client.acceptance import NotAccepted, judge, keep_refusal
 from fedward.client.admission import check_policy
+from fedward.client.evaluation import evaluate_model
 from fedward.client.local_site import Admitted, LocalSite
 from fedward.client.outbox import Kept
 from fedward.client.plan import plan_site, training_plan
 from fedward.client.secure import MaskedRound, forget
 from fedward.client.training import sampled_clipped_sum, train
 from fedward.core.canonical import canonical_json, digest
-from fedward.core.errors import AdmissionRefused, BudgetExceeded, ConfigError, UpdateRejected
+from fedward.core.errors import (
+    AdmissionRefused,
+    BudgetExceeded,
+    ConfigError,
+    ReleaseRejected,
+    SignatureInvalid,
+    UpdateRejected,
+)
 from fedward.core.identity import PublicIdentity
 from fedward.core.inbox import receive_release
+from fedward.core.release import Release
 from fedward.core.study import Study
 from fedward.core.toml import build
 from fedward.privacy.ledger import Reservation
@@ -26,7 +35,7 @@ from fedward.privacy.mechanisms import add_noise
 from fedward.strategies.strategy import Vector
 from fedward.tasks.parameters import to_vector
 from fedward.tasks.registry import get_task
-from fedward.tasks.task import Examples, Sums, Task
+from fedward.tasks.task import Sums
 from fedward.transport.payload import Payload
 
 _ANSWERED = "round {} was answered here already"
@@ -214,23 +223,68 @@ def evaluate_release(site: LocalSite, request: Payload) -> Payload:
 
 
 def take_release(site: LocalSite, request: Payload) -> Payload:
-    """Verify a release and hand it to the adapter.
+    """Verify a release, try it on the site's own patients, and hand it to the adapter.
+
+    What is refused is kept with its reason at the site. Of what the patients said no figure
+    leaves: the coordinator learns that it was refused, and not by how much.
 
     Raises:
         ReleaseRejected, SignatureInvalid: It was not taken; the store is as it was.
     """
     store = site.file.parent / site.site.serving.store
-    return Payload({"site": site.name, "version": verify_release(site, request, store=store)})
+    study_hash = str(request.record.get("hash"))
+
+    def try_on_patients(release: Release) -> None:
+        trusted = pinned_publisher(site)
+        judge(site, release, study_hash=study_hash, store=store, trusted=trusted)
+
+    try:
+        version = verify_release(site, request, store=store, judge=try_on_patients)
+    except NotAccepted as refusal:
+        keep_refusal(site, reason=str(refusal), verdict=refusal.verdict)
+        # Not chained: nothing that explains the figure may travel with the error.
+        raise ReleaseRejected(
+            release="received", reason="it does not pass local acceptance at this site"
+        ) from None
+    except (ReleaseRejected, SignatureInvalid) as error:
+        keep_refusal(site, reason=str(error))
+        raise
+    return Payload({"site": site.name, "version": version})
 
 
-def verify_release(site: LocalSite, request: Payload, *, store: Path) -> int:
+def verify_release(
+    site: LocalSite,
+    request: Payload,
+    *,
+    store: Path,
+    judge: Callable[[Release], None] = lambda _: None,
+) -> int:
     """Hold a release against the publisher that the site pinned, and put it into a store.
+
+    Args:
+        site: Whose store.
+        request: Every file of the release as an array of bytes.
+        store: Where to put it.
+        judge: Has the last word on the verified release, before the store changes.
 
     Returns:
         Its version.
 
     Raises:
         ReleaseRejected, SignatureInvalid: It was not taken; the store is as it was.
+    """
+    trusted = pinned_publisher(site)
+    files = {name: array.tobytes() for name, array in request.arrays.items()}
+    release = receive_release(files, store=store, trusted=trusted, judge=judge)
+    return int(release.signature.version)
+
+
+def pinned_publisher(site: LocalSite) -> PublicIdentity:
+    """The publisher whose releases this site takes.
+
+    Raises:
+        AdmissionRefused: None is pinned.
+        ConfigError: The key that the site file names cannot be read.
     """
     pinned = site.site.serving.publisher
     if pinned is None:
@@ -247,17 +301,7 @@ def verify_release(site: LocalSite, request: Payload, *, store: Path) -> int:
             file=str(site.file),
             key="[serving] publisher",
         ) from error
-    files = {name: array.tobytes() for name, array in request.arrays.items()}
-    release = receive_release(files, store=store, trusted=PublicIdentity.from_pem(pem))
-    return int(release.signature.version)
-
-
-def evaluate_model(task: Task, model: nn.Module, examples: Examples) -> Sums:
-    """A model's metrics on examples, as the task's sums."""
-    model.eval()
-    with torch.no_grad():
-        outputs = model(torch.from_numpy(np.asarray(examples.features)))
-    return task.metrics(outputs, torch.from_numpy(np.asarray(examples.labels)))
+    return PublicIdentity.from_pem(pem)
 
 
 def _release_privately(site: LocalSite, admitted: Admitted, exact: Sums, asked: str) -> Sums:

@@ -19,6 +19,7 @@ from fedward.privacy.accounting.events import Leaves, event_of, leaves
 from fedward.privacy.ledger import Ledger, Reservation
 
 _EVALUATION_ROUND = 1
+_ACCEPTANCE = "whether the site takes the release: one word about its held-out patients"
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +118,9 @@ class Budget:
         delta = self.study.privacy.delta
         spent = self.ledger.spent_by(self.study.hash, delta)
         evaluation = self.ledger.spent_by(self._evaluation, delta)
+        judged = {"not_covered": _ACCEPTANCE} if self.site.policy.judges else {}
         return {
+            **judged,
             **spent.to_json(),
             "noise_multiplier": self.plan.noise_multiplier,
             "sample_rate": self.plan.sample_rate,

@@ -6,7 +6,7 @@ takes it from here and does the rest. The two share a folder and no code above t
 
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 
 from fedward.core.errors import ReleaseRejected
@@ -18,13 +18,21 @@ INBOX, PIN = "inbox", "trusted.pem"
 _MOST_FILES = 64
 
 
-def receive_release(files: Mapping[str, bytes], *, store: Path, trusted: PublicIdentity) -> Release:
+def receive_release(
+    files: Mapping[str, bytes],
+    *,
+    store: Path,
+    trusted: PublicIdentity,
+    judge: Callable[[Release], None] = lambda _: None,
+) -> Release:
     """Verify a release's files and put them into the store's inbox.
 
     Args:
         files: Every file of the release, its bundle included, by path inside it.
         store: The site's store.
         trusted: The publisher that the site file pins; pinned in the store, too.
+        judge: The site's own word on the verified release; what it raises is raised, and nothing
+            is left of the release.
 
     Raises:
         SignatureInvalid, ReleaseRejected: It is not the publisher's; nothing is left of it.
@@ -41,6 +49,7 @@ def receive_release(files: Mapping[str, bytes], *, store: Path, trusted: PublicI
         for path, content in files.items():
             write_atomic(folder / path, content)
         release = read_release(folder, trusted)
+        judge(release)
         target = inbox / f"{release.signature.model}-{release.signature.version:06d}"
         if target.exists():
             shutil.rmtree(target)

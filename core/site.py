@@ -72,6 +72,9 @@ class PolicySection(Section):
     """`[policy]`: what this hospital permits, whatever a coordinator asks.
 
     `roster` is the consortium's file of sites and public identities; secure aggregation needs it.
+    A release is taken only if its AUROC on this site's held-out patients is at least `min_auroc`,
+    and at most `max_loss_of_auroc` below that of the release that the store serves. Either one
+    lets the coordinator see one word a study, accepted or refused, that no epsilon covers.
     """
 
     tasks: tuple[str, ...] = Field(strict=False)
@@ -81,6 +84,13 @@ class PolicySection(Section):
     require_secure_aggregation: bool = True
     allow_no_privacy: bool = False
     roster: str | None = None
+    min_auroc: float | None = Field(default=None, ge=0, le=1)
+    max_loss_of_auroc: float | None = Field(default=None, ge=0, le=1)
+
+    @property
+    def judges(self) -> bool:
+        """Whether releases are tried on held-out patients."""
+        return self.min_auroc is not None or self.max_loss_of_auroc is not None
 
 
 class ServingSection(Section):

@@ -21,8 +21,6 @@ from fedward.server.units import conversions
 from fedward.server.variants import make_variants
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from fedward.tasks.schema import Field as SchemaField
     from fedward.tasks.task import Fitted, Task
 
@@ -71,6 +69,7 @@ def publish(
     """
     from safetensors.numpy import save
 
+    from fedward.tasks.golden import raw_probabilities
     from fedward.tasks.parameters import from_vector, to_named
 
     model = task.model(study.model.name, **study.model.args)
@@ -88,7 +87,7 @@ def publish(
     onnx = task.export_onnx(model, fitted)
     variants = make_variants(onnx, num_parameters=parameters.size)
     inputs = golden_inputs(task.schema.features, seed=study.hash)
-    golden = write_golden(inputs, _expected(task, model, inputs, fitted))
+    golden = write_golden(inputs, raw_probabilities(task, model, inputs, fitted))
     weights = save(to_named(model), metadata={"format": "np"})
 
     def build(version: int) -> dict[str, bytes]:
@@ -140,29 +139,6 @@ def golden_inputs(fields: "tuple[SchemaField, ...]", *, seed: str) -> NDArray[np
         values[rng.random(_GOLDEN_ROWS) < _GOLDEN_MISSING] = np.nan
         columns.append(values)
     return np.stack(columns, axis=1).astype(np.float32)
-
-
-def _expected(
-    task: "Task", model: "nn.Module", inputs: NDArray[np.float32], fitted: "Fitted | None"
-) -> NDArray[np.float32]:
-    """What the trained model itself says, along the way that training took."""
-    import torch
-
-    from fedward.tasks.task import Table
-
-    columns = {
-        field.name: inputs[:, i].astype(np.float64) for i, field in enumerate(task.schema.features)
-    }
-    columns[task.schema.label.name] = np.zeros(len(inputs))
-    table = Table(
-        source="golden inputs",
-        patient_ids=tuple(f"golden-{i}" for i in range(len(inputs))),
-        columns=columns,
-    )
-    with torch.no_grad():
-        outputs = model(torch.from_numpy(task.prepare(table, fitted).features))
-        expected = task.probabilities(outputs).numpy().astype(np.float32)
-    return expected.reshape(len(inputs), -1)
 
 
 def _codes(field: "SchemaField") -> dict[str, float]:

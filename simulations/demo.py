@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from fedward.client.answers import evaluate_model
+from fedward.client.evaluation import evaluate_model
 from fedward.client.local_site import LocalSite
 from fedward.core.files import write_atomic
 from fedward.core.run import RunDirectory

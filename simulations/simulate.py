@@ -8,8 +8,8 @@ import numpy as np
 from flwr.app import Context, RecordDict
 from flwr.common.constant import SUPERLINK_NODE_ID
 
-from fedward.client.answers import evaluate_model
 from fedward.client.app import make_app
+from fedward.client.evaluation import evaluate_model
 from fedward.core.errors import RunError
 from fedward.core.run import RunDirectory, manifest
 from fedward.core.study import Study, load_study

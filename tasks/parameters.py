@@ -1,6 +1,7 @@
 """A model's parameters as one flat vector, the form in which they travel, and back."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,3 +46,19 @@ def to_named(model: "nn.Module") -> dict[str, NDArray[np.float32]]:
         name: parameter.detach().cpu().numpy().astype(np.float32, copy=True)
         for name, parameter in model.named_parameters()
     }
+
+
+def from_named(model: "nn.Module", named: Mapping[str, NDArray[Any]]) -> None:
+    """Set all parameters from arrays by name, in place: `to_named` backwards.
+
+    Raises:
+        ValueError: Names, shapes or types are not those of the model, or a number is not finite.
+    """
+    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    given = {name: array.shape for name, array in named.items() if array.dtype == np.float32}
+    if given != expected or len(named) != len(expected):
+        raise ValueError(f"the model has float32 parameters {expected}; given were {given}")
+    if not all(np.isfinite(array).all() for array in named.values()):
+        raise ValueError("a parameter is not finite")
+    pieces = [named[name].reshape(-1) for name in expected]
+    from_vector(model, np.concatenate(pieces) if pieces else np.zeros(0, np.float32))
