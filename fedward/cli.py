@@ -196,17 +196,15 @@ def tasks(json_output: Json = False) -> None:
         print_tasks(values)
 
 
-@app.command()
-def serve(
-    store: Annotated[Path, typer.Option(help="The store of verified releases.")],
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port; 0 takes a free one.")] = 8080,
-) -> None:
-    """Verify the newest release of a store and serve it."""
-    from fedward.serving.server import serve as run_adapter
-    from fedward.serving.store import Store
+@app.command(
+    add_help_option=False,
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+)
+def serve(context: typer.Context) -> None:
+    """Verify a store's newest release and serve it; also: keys, approve, decline, log."""
+    from fedward.serving.__main__ import main as run_adapter
 
-    run_adapter(Store(store), host, port)
+    raise typer.Exit(run_adapter(list(context.args), program="fedward serve"))
 
 
 @ledger_app.command("show")

@@ -16,28 +16,33 @@ from fedward.serving.gate import Role, add_key, read_keys, revoke_key
 from fedward.serving.server import Options, serve
 from fedward.serving.store import Store
 
+_PROGRAM = "python -m fedward.serving"
 
-def main(arguments: list[str] | None = None) -> int:
-    """Serve until stopped; 1 for a failure that is explained on standard error."""
+
+def main(arguments: list[str] | None = None, *, program: str = _PROGRAM) -> int:
+    """Serve until stopped; 1 for a failure that is explained on standard error.
+
+    `program` is what help and usage call it.
+    """
     words = sys.argv[1:] if arguments is None else arguments
     try:
         match words[:1]:
             case ["keys"]:
-                _keys(words[1:])
+                _keys(words[1:], program)
             case ["log"]:
-                _log(words[1:])
+                _log(words[1:], program)
             case ["approve" | "decline"]:
-                _decide(words)
+                _decide(words, program)
             case _:
-                _serve(words)
+                _serve(words, program)
     except (FedwardError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-def _serve(words: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m fedward.serving", description=__doc__)
+def _serve(words: list[str], program: str) -> None:
+    parser = argparse.ArgumentParser(prog=program, description=__doc__)
     _store_option(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
     parser.add_argument("--port", type=int, default=8080, help="0 takes a free one")
@@ -65,13 +70,14 @@ def _serve(words: list[str]) -> None:
     serve(Store(chosen.store), chosen.host, chosen.port, options=options)
 
 
-def _keys(words: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m fedward.serving keys")
+def _keys(words: list[str], program: str) -> None:
+    parser = argparse.ArgumentParser(prog=f"{program} keys")
     parser.add_argument("do", choices=("add", "revoke", "list"))
     _store_option(parser)
     parser.add_argument("name", nargs="?", default="", help="whose key; goes into the audit log")
     parser.add_argument("role", nargs="?", choices=get_args(Role), default="clinician")
-    chosen = parser.parse_args(words)
+    # Intermixed: else a name after `--store DIR` is taken for one word too many.
+    chosen = parser.parse_intermixed_args(words)
     file = chosen.store / "state" / "keys.json"
     match chosen.do:
         case "add":
@@ -83,16 +89,16 @@ def _keys(words: list[str]) -> None:
                 print(f"{key.name}\t{key.role}")
 
 
-def _log(words: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m fedward.serving log")
+def _log(words: list[str], program: str) -> None:
+    parser = argparse.ArgumentParser(prog=f"{program} log")
     parser.add_argument("do", choices=("verify",))
     _store_option(parser)
     lines, head = verify_log(parser.parse_args(words).store / "state" / "audit.jsonl")
     print(f"{lines} lines verify; head {head}")
 
 
-def _decide(words: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m fedward.serving")
+def _decide(words: list[str], program: str) -> None:
+    parser = argparse.ArgumentParser(prog=program)
     parser.add_argument("do", choices=("approve", "decline"))
     _store_option(parser)
     parser.add_argument("--by", required=True, help="your name; it is kept")
