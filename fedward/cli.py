@@ -8,11 +8,14 @@ so that `fedward --help` stays instant.
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from fedward.cli_registry import registry_app
 from fedward.core.errors import FedwardError
+from fedward.output import Json
+from fedward.output import emit as _emit
 
 app = typer.Typer(
     name="fedward",
@@ -24,12 +27,10 @@ app = typer.Typer(
 )
 ledger_app = typer.Typer(help="A site's privacy ledger.", no_args_is_help=True)
 site_app = typer.Typer(help="A hospital's own side.", no_args_is_help=True)
-registry_app = typer.Typer(help="Published releases.", no_args_is_help=True)
 app.add_typer(ledger_app, name="ledger")
 app.add_typer(site_app, name="site")
 app.add_typer(registry_app, name="registry")
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 StudyFile = Annotated[Path, typer.Argument(help="The study file (TOML).", show_default=False)]
 SiteFile = Annotated[Path, typer.Argument(help="The site file (TOML).", show_default=False)]
 RunFolder = Annotated[Path, typer.Argument(help="The run directory.", show_default=False)]
@@ -48,10 +49,6 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.stderr.write("stopped; a run goes on with --resume\n")
         sys.exit(130)
-
-
-def _emit(value: dict[str, Any]) -> None:
-    sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
 
 
 @app.command()
@@ -307,28 +304,6 @@ def site_check(site: SiteFile, json_output: Json = False) -> None:
         _emit(value)
     else:
         print_site(value)
-
-
-@registry_app.command("verify")
-def registry_verify(
-    release: Annotated[Path, typer.Argument(help="The release's folder.", show_default=False)],
-    publisher: Annotated[Path, typer.Option(help="The publisher's public key (PEM).")],
-    json_output: Json = False,
-) -> None:
-    """Verify a release's signature and digests."""
-    from fedward.core.errors import ConfigError
-    from fedward.core.identity import PublicIdentity
-    from fedward.core.release import read_release
-
-    try:
-        pem = publisher.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"cannot be read: {error.strerror}", file=str(publisher)) from error
-    verified = read_release(release, PublicIdentity.from_pem(pem))
-    if json_output:
-        _emit({"release": str(release), "verified": True, "model": verified.label})
-    else:
-        sys.stdout.write(f"{release} verifies\n")
 
 
 if __name__ == "__main__":

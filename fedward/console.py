@@ -12,6 +12,7 @@ from rich.padding import Padding
 from rich.panel import Panel
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from fedward.core.run import RunDirectory
 
@@ -186,6 +187,20 @@ def print_tasks(values: Sequence[Mapping[str, Any]]) -> None:
     for value in values:
         table.add_row(value["name"], value["description"], ", ".join(value["models"]))
     _OUT.print(table)
+
+
+def print_registry(value: Mapping[str, Any]) -> None:
+    """What was published, and what each release promises."""
+    table = Table(box=box.SIMPLE_HEAD)
+    for name in ("model", "version", "written", "privacy (as the folder says)"):
+        table.add_column(name)
+    for release in value["releases"]:
+        # Plain text: a release's words are not ours, and may look like markup.
+        said = Text(release["privacy"] or "does not say")
+        table.add_row(release["model"], str(release["version"]), release["date"], said)
+    _OUT.print(table)
+    trust = "has a root of trust" if value["founded"] else "has no root of trust"
+    _OUT.print(f"the registry {trust}", style="dim")
 
 
 def print_site(value: Mapping[str, Any]) -> None:

@@ -9,14 +9,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedward.core.errors import UpdateRejected
+from fedward.core.errors import ConfigError, UpdateRejected
 from fedward.core.identity import Identity
+from fedward.core.run import RunDirectory
 from fedward.core.study import Study
 from fedward.privacy.secagg import least_threshold
 from fedward.server.channel import Reply
 from fedward.server.execution import Execution
 from fedward.server.members import Member
 from fedward.server.publisher import publish
+from fedward.server.registry import Registry
 from fedward.server.statement import privacy_statement
 from fedward.strategies.strategy import Vector
 from fedward.tasks.task import Sums, Task, add_sums
@@ -127,6 +129,7 @@ def publish_outcome(
     )
     copy = run.adopt_release(release)
     run.event("published", release=str(copy.name), version=release.name)
+    _refresh(registry, publisher, run)
     _send_release(execution, release)
     result = {
         "run": str(run.path),
@@ -142,6 +145,24 @@ def publish_outcome(
     run.write_json("metrics.json", result)
     run.event("finished", seconds=seconds)
     return result
+
+
+def _refresh(registry: Path, publisher: Identity, run: RunDirectory) -> None:
+    """Sign the new state of a registry that was founded, so that those who follow it see it.
+
+    What goes wrong here is said and costs the run nothing: the release is published, and the sites
+    get it over the wire in any case.
+    """
+    if not Registry(registry).founded:
+        return
+    try:
+        from fedward.server.updates import refresh_registry
+
+        refresh_registry(registry, publisher=publisher)
+    except (ConfigError, ImportError) as error:
+        run.event("registry not refreshed", reason=str(error))
+    else:
+        run.event("registry refreshed")
 
 
 def _send_release(execution: Execution, release: Path) -> None:

@@ -2,16 +2,40 @@
 
 import contextlib
 import fcntl
+import json
 import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 from fedward.core.files import sync_folder
 from fedward.core.identity import Identity
-from fedward.core.release import valid_name, write_release
+from fedward.core.release import limit_of, valid_name, write_release
+
+TUF = "tuf"
+"""Folder of The Update Framework's metadata. What is in it has no version's name."""
+
+FIRST_ROOT = "1.root.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """A release as its folder says, not verified.
+
+    Attributes:
+        model: Its name.
+        version: From 1.
+        date: When it was written, UTC, as in 2026-03-01T12:00:00Z.
+        privacy: The one line of `privacy.json`; None where the file does not have it.
+    """
+
+    model: str
+    version: int
+    date: str
+    privacy: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +60,24 @@ class Registry:
         """Names of all models, in order."""
         if not self.folder.is_dir():
             return ()
-        return tuple(sorted(p.name for p in self.folder.iterdir() if valid_name(p.name)))
+        found = (p.name for p in self.folder.iterdir() if p.is_dir() and valid_name(p.name))
+        return tuple(sorted(found))
+
+    @property
+    def founded(self) -> bool:
+        """Whether it has a root of trust, so that hospitals may follow it."""
+        return (self.folder / TUF / FIRST_ROOT).exists()
+
+    def listing(self) -> list[Listed]:
+        """Every release, by model and version."""
+        found = []
+        for model in self.models():
+            for version in self.versions(model):
+                folder = self.path(model, version)
+                written = datetime.fromtimestamp(folder.stat().st_mtime, tz=UTC)
+                date = written.strftime("%Y-%m-%dT%H:%M:%SZ")
+                found.append(Listed(model, version, date, _privacy_line(folder)))
+        return found
 
     def path(self, model: str, version: int) -> Path:
         """Where a release is."""
@@ -80,6 +121,15 @@ class Registry:
                 raise
             sync_folder(shelf)
         return self.path(model, version)
+
+
+def _privacy_line(folder: Path) -> str | None:
+    try:
+        with (folder / "privacy.json").open("rb") as file:
+            line = json.loads(file.read(limit_of("privacy.json")))["statement"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return "".join(c for c in line if c.isprintable()) if isinstance(line, str) else None
 
 
 @contextlib.contextmanager

@@ -12,13 +12,14 @@ from pathlib import Path
 from securesystemslib.signer import CryptoSigner, SSlibKey
 from tuf.api.exceptions import StorageError
 from tuf.api.metadata import Metadata, MetaFile, Root, Snapshot, TargetFile, Targets, Timestamp
+from tuf.api.serialization import DeserializationError
 
+from fedward.core.errors import ConfigError
 from fedward.core.files import write_atomic
 from fedward.core.identity import Identity
 from fedward.core.modelsigning import BUNDLE_NAME
-from fedward.server.registry import Registry
+from fedward.server.registry import FIRST_ROOT, TUF, Registry
 
-FOLDER = "tuf"
 _DAY = datetime.timedelta(days=1)
 _ROOT_DAYS, _TARGETS_DAYS, _TIMESTAMP_DAYS = 365, 90, 14
 
@@ -42,7 +43,7 @@ def found_registry(
     """
     if not 1 <= threshold <= len(roots):
         raise ValueError(f"threshold is {threshold} and there are {len(roots)} root identities")
-    path = registry / FOLDER / "1.root.json"
+    path = registry / TUF / FIRST_ROOT
     if path.exists():
         raise ValueError(f"{path} is there already; a new root must be signed by the old one")
     root = Root(expires=_in(_ROOT_DAYS), consistent_snapshot=False)
@@ -68,8 +69,12 @@ def refresh_registry(
         registry: The registry's folder, with a root.
         publisher: As when it was founded.
         valid_days: How long a hospital may take it for current.
+
+    Raises:
+        ConfigError: The root names another publisher, or there is none: no hospital would take it.
     """
-    folder = registry / FOLDER
+    folder = registry / TUF
+    _check_publisher(folder, publisher)
     targets = Targets(version=_next(folder / "targets.json"), expires=_in(_TARGETS_DAYS))
     shelves = Registry(registry)
     for model in shelves.models():
@@ -90,6 +95,23 @@ def refresh_registry(
     ):
         signed.sign(signer)
         write_atomic(folder / name, signed.to_bytes())
+
+
+def _check_publisher(folder: Path, publisher: Identity) -> None:
+    roots = [int(path.name.split(".")[0]) for path in folder.glob("[0-9]*.root.json")]
+    newest = folder / f"{max(roots, default=1)}.root.json"
+    try:
+        root = Metadata[Root].from_file(str(newest)).signed
+    except (StorageError, DeserializationError) as error:
+        raise ConfigError("is not a root of trust; found the registry", file=str(newest)) from error
+    if any(
+        _public(publisher).keyid not in root.roles[role].keyids
+        for role in (Targets.type, Snapshot.type, Timestamp.type)
+    ):
+        raise ConfigError(
+            "names another publisher than this one; sign with its key, or found a new registry",
+            file=str(newest),
+        )
 
 
 def _public(identity: Identity) -> SSlibKey:

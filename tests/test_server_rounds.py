@@ -291,3 +291,44 @@ def test_a_study_that_cannot_be_run_sends_nothing(tmp_path: Path) -> None:
         go(Wire(site, ASite("b", 1.0)), study, run)
 
     assert list(run.events()) == []
+
+
+def test_a_founded_registry_is_refreshed_for_those_who_follow_it(tmp_path: Path) -> None:
+    from fedward.core.files import write_atomic
+    from fedward.server.updates import found_registry
+    from fedward.serving.store import Store
+    from fedward.serving.updates import Updates
+
+    study = study_of(2)
+    run = run_of(tmp_path / "run", study)
+    registry = run.path / "registry"
+    root = found_registry(registry, roots=[PUBLISHER], threshold=1, publisher=PUBLISHER)
+    store = Store(tmp_path / "store")
+    write_atomic(store.folder / "trusted.pem", PUBLISHER.public.pem())
+    follower = Updates(store, registry, root.read_bytes())
+
+    before = follower.look(), store.served()
+    go(Wire(ASite("a", 1.0), ASite("b", 0.0)), study, run)
+    after = follower.look()
+
+    assert before == (None, {})
+    assert after is None
+    assert [served.version for served in store.served().values()] == [1]
+    assert "registry refreshed" in [event["event"] for event in run.events()]
+
+
+def test_a_registry_of_another_publisher_is_left_and_the_run_ends_well(tmp_path: Path) -> None:
+    from fedward.server.updates import found_registry
+
+    study = study_of(2)
+    run = run_of(tmp_path / "run", study)
+    other = Identity.generate_publisher()
+    registry = run.path / "registry"
+    found_registry(registry, roots=[other], threshold=1, publisher=other)
+    before = {path: path.read_bytes() for path in (registry / "tuf").iterdir()}
+
+    go(Wire(ASite("a", 1.0), ASite("b", 0.0)), study, run)
+
+    assert "another publisher" in reasons(run, "registry not refreshed")[0]
+    assert {path: path.read_bytes() for path in (registry / "tuf").iterdir()} == before
+    assert (run.path / "metrics.json").exists()
