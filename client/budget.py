@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedward.client.plan import SitePlan
-from fedward.core.errors import BudgetExceeded
 from fedward.core.site import Site
 from fedward.core.study import Study
 from fedward.privacy.accounting import (
@@ -75,30 +74,19 @@ class Budget:
             BudgetExceeded: Nothing was recorded; train nothing.
         """
         event = self._steps(self.plan.steps)
-        try:
-            return self.ledger.reserve(
-                study=self.study.hash, round_number=round_number, event=event
+        if self.begun(round_number) is not None:
+            policy = self.site.policy
+            self.ledger.extend(
+                study=self.study.hash,
+                event=event,
+                max_epsilon=policy.max_epsilon,
+                delta=policy.delta,
             )
-        except BudgetExceeded:
-            if self.begun(round_number) is None:
-                raise
-        policy = self.site.policy
-        self.ledger.extend(
-            study=self.study.hash,
-            event=event,
-            max_epsilon=policy.max_epsilon,
-            delta=policy.delta,
-        )
         return self.ledger.reserve(study=self.study.hash, round_number=round_number, event=event)
 
     def begun(self, round_number: int) -> Reservation | None:
         """The newest reservation of a round that no update was settled with."""
-        for entry in reversed(self.ledger.entries()):
-            if (entry.kind, entry.study, entry.round_number, entry.state) == (
-                "reserve", self.study.hash, round_number, "reserved",
-            ):  # fmt: skip
-                return Reservation(study=self.study.hash, round_number=round_number, seq=entry.seq)
-        return None
+        return self.ledger.unsettled(study=self.study.hash, round_number=round_number)
 
     def reserve_evaluation(self) -> Reservation:
         """Reserve the release of metrics. Raises `BudgetExceeded` if it was released already."""

@@ -185,7 +185,8 @@ class SimulationSection(Section):
     """`[simulation]`: ignored outside simulation.
 
     `sites` is a pattern of site files beside the study; without it the embedded data (the task's,
-    or `dataset`) are spread by `partition` with `args`, and each site holds out `held_out`. Sites in `leave_out` take no part.
+    or `dataset`) are spread by `partition` with `args`, and each site holds out `held_out`. Sites
+    in `leave_out` take no part.
     `durable` gives each site a ledger file of its own, flushed like a real one. `crash` is the
     probability that a site crashes in the middle of a round; `coordinator_crash` the round in
     which the coordinator does, to go on from its checkpoint.

@@ -274,6 +274,15 @@ class Ledger:
                     return found.update_digest
         return None
 
+    def unsettled(self, *, study: str, round_number: int) -> Reservation | None:
+        """The newest reservation of a round that no update was settled with, or None."""
+        with self._journal.current():
+            for seq, found in reversed(self._journal.state.reservations.items()):
+                same = (found.study, found.round_number) == (study, round_number)
+                if same and not found.update_digest:
+                    return Reservation(study=study, round_number=round_number, seq=seq)
+        return None
+
     def close(self, study: str, *, delta: float = 1e-5) -> PrivacySpent:
         """End a study: the rest of its allotment is free again.
 
