@@ -112,7 +112,7 @@ def print_conformance(value: Mapping[str, Any]) -> None:
     table = Table(box=box.SIMPLE_HEAD, title="Does the trainer do what its epsilon assumes?")
     table.add_column("model", no_wrap=True)
     table.add_column("clipping", no_wrap=True)
-    for name in ("noise", "p", "one record", "sampling", "p", "one patient"):
+    for name in ("noise", "p", "one\nrecord", "sam-\npling", "p", "one\npatient"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("")
     for result in value["results"]:
