@@ -149,7 +149,7 @@ def print_result(result: Mapping[str, Any]) -> None:
             f"(plain updates: {secure['bytes_per_site_plain']:,})"
         )
     _OUT.print(f"{result['rounds']} rounds in {result['seconds']:.1f} s   run: {result['run']}")
-    _OUT.print(f"release: {result['release']}")
+    _OUT.print(f"release: {result['release']}", soft_wrap=True)
 
 
 def privacy_line(privacy: Mapping[str, Any]) -> str:
@@ -265,7 +265,8 @@ def _show_comparison(value: Mapping[str, Any]) -> None:
 def _show_release(value: Mapping[str, Any]) -> None:
     _OUT.print(
         f"[bold]Released[/bold]  {value['name']} version {value['version']}, signed: "
-        f"{value['where']}"
+        f"{value['where']}",
+        soft_wrap=True,
     )
     _OUT.print(privacy_line(value["privacy"]))
 
@@ -287,8 +288,8 @@ def _show_answer(value: Mapping[str, Any]) -> None:
 
 def _show_end(value: Mapping[str, Any]) -> None:
     _OUT.print()
-    _OUT.print(f"report  {value['report']}")
-    _OUT.print(f"ledger  fedward ledger show {value['site']}")
+    _OUT.print(f"report  {value['report']}", soft_wrap=True)
+    _OUT.print(f"ledger  fedward ledger show {value['site']}", soft_wrap=True)
     _OUT.print(f"done in {value['seconds']:.0f} s")
 
 
