@@ -88,14 +88,16 @@ def show_sweep(runs: int, *, quiet: bool) -> Iterator[Callable[[int, int, float]
 def print_sweep(result: Mapping[str, Any]) -> None:
     """The table of a sweep: a row a setting, means over its seeds."""
     table = Table(box=box.SIMPLE_HEAD)
-    columns = ("pooled.auroc", "pooled.accuracy", "worst.auroc", "seconds")
-    for name in (*result["axes"], "seeds", *columns, "epsilon spent"):
-        table.add_column(name, justify="right")
+    columns = {"pooled.auroc": "AUC", "pooled.accuracy": "accuracy", "worst.auroc": "worst AUC"}
+    axes = [axis.rpartition(".")[2] for axis in result["axes"]]
+    for name in (*axes, "seeds", *columns.values(), "seconds", "ε spent"):
+        table.add_column(name, justify="right", no_wrap=True)
     for row in result["summary"]:
         table.add_row(
             *(f"{row[axis]}" for axis in result["axes"]),
             str(row["seeds"]),
             *(f"{number(row.get(c))} ± {number(row.get(f'{c} ±'))}" for c in columns),
+            number(row.get("seconds"), 1),
             number(row["epsilon spent"], 2),
         )
     _OUT.print(table)
