@@ -106,7 +106,7 @@ class Registry:
             raise ValueError(f"{model!r} cannot name a model: lower-case letters, digits, hyphens")
         shelf = self.folder / model
         shelf.mkdir(parents=True, exist_ok=True)
-        with _locked(shelf):
+        with locked(shelf):
             for leftover in shelf.glob(".*.tmp"):
                 shutil.rmtree(leftover)
             version = max(self.versions(model), default=0) + 1
@@ -133,7 +133,8 @@ def _privacy_line(folder: Path) -> str | None:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
+    """Only one writer of a folder at a time, on this machine."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)

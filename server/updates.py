@@ -18,7 +18,7 @@ from fedward.core.errors import ConfigError
 from fedward.core.files import write_atomic
 from fedward.core.identity import Identity
 from fedward.core.modelsigning import BUNDLE_NAME
-from fedward.server.registry import FIRST_ROOT, TUF, Registry
+from fedward.server.registry import FIRST_ROOT, TUF, Registry, locked
 
 _DAY = datetime.timedelta(days=1)
 _ROOT_DAYS, _TARGETS_DAYS, _TIMESTAMP_DAYS = 365, 90, 14
@@ -75,8 +75,12 @@ def refresh_registry(
     """
     folder = registry / TUF
     _check_publisher(folder, publisher)
+    with locked(folder):  # two that publish at once must not both sign the same version
+        _sign_state(folder, Registry(registry), publisher, valid_days=valid_days)
+
+
+def _sign_state(folder: Path, shelves: Registry, publisher: Identity, *, valid_days: float) -> None:
     targets = Targets(version=_next(folder / "targets.json"), expires=_in(_TARGETS_DAYS))
-    shelves = Registry(registry)
     for model in shelves.models():
         for version in shelves.versions(model):
             bundle = shelves.path(model, version) / BUNDLE_NAME
@@ -98,7 +102,8 @@ def refresh_registry(
 
 
 def _check_publisher(folder: Path, publisher: Identity) -> None:
-    roots = [int(path.name.split(".")[0]) for path in folder.glob("[0-9]*.root.json")]
+    names = [path.name.split(".")[0] for path in folder.glob("*.root.json")]
+    roots = [int(name) for name in names if name.isdecimal()]
     newest = folder / f"{max(roots, default=1)}.root.json"
     try:
         root = Metadata[Root].from_file(str(newest)).signed

@@ -1,6 +1,7 @@
 """A hospital tries a release on its own patients before it takes it."""
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ from fedward.core.study import Study, load_study
 from fedward.server.publisher import publish
 from fedward.serving.inbox import install_inbox
 from fedward.serving.store import Store
+from fedward.simulations.provision import provision
+from fedward.simulations.simulate import prepare_run, simulate
 from fedward.tasks.parameters import from_vector, to_vector
 from fedward.tasks.registry import get_task
 from fedward.transport.payload import Payload
@@ -333,3 +336,25 @@ def test_a_bad_signature_is_refused_before_any_patient_is_asked(hospital: Hospit
 def test_a_limit_that_is_none_is_an_error(hospital: Hospital, line: str) -> None:
     with pytest.raises(FedwardError, match=line.partition(" ")[0]):
         hospital.site(line)
+
+
+def test_one_hospital_refuses_and_the_others_take_the_release(tmp_path: Path) -> None:
+    file = write_study(tmp_path, privacy=EPSILON_4, rounds=2)
+    run = prepare_run(file, tmp_path / "run")
+    provision(run, load_study(file), study_file=file)
+    strict = run.path / "sites" / "va.toml"
+    strict.write_text(strict.read_text().replace("[policy]", "[policy]\nmin_auroc = 1.0"))
+
+    result = simulate(file, run)
+
+    said = {e["site"]: e.get("reason", "") for e in run.events() if "accepted" in e["event"]}
+    refused = (run.path / "state/va/refused.jsonl").read_text()
+    statement = json.loads((run.path / "release/privacy.json").read_text())["sites"]
+    assert [site for site, reason in said.items() if reason] == ["va"]
+    assert "local acceptance" in said["va"]
+    assert not re.search(r"\d\.\d", said["va"])
+    assert not (run.path / "stores/va/inbox").exists() or waiting(run.path / "stores/va") == []
+    assert len(waiting(run.path / "stores/cleveland")) == 1
+    assert "min_auroc = 1" in refused
+    assert [site for site, part in statement.items() if "not_covered" in part] == ["va"]
+    assert result["release"]

@@ -2,6 +2,7 @@
 
 import shutil
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 from release_samples import publish_sample
 from tuf.api.metadata import Metadata
 
-from fedward.core.errors import FedwardError, ReleaseRejected
+from fedward.core.errors import ConfigError, FedwardError, ReleaseRejected
 from fedward.core.files import write_atomic
 from fedward.core.identity import Identity
 from fedward.server.updates import found_registry, refresh_registry
@@ -181,6 +182,27 @@ def test_a_roll_back_is_refused_within_the_bar(
         seconds.append(time.perf_counter() - start)
 
     assert min(seconds) < 0.02
+
+
+def test_those_who_refresh_at_once_sign_one_state_after_the_other(
+    registry: Path, updates: Updates
+) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        done = [pool.submit(refresh_registry, registry, publisher=_PUBLISHER) for _ in range(12)]
+        assert [future.result() for future in done] == [None] * 12
+
+    version = Metadata.from_file(str(registry / "tuf" / "timestamp.json")).signed.version
+    assert version == 13
+    assert updates.look() is None
+
+
+def test_a_publisher_that_the_root_does_not_name_signs_nothing(registry: Path) -> None:
+    before = (registry / "tuf" / "timestamp.json").read_bytes()
+
+    with pytest.raises(ConfigError, match="another publisher"):
+        refresh_registry(registry, publisher=_ROOTS[0])
+
+    assert (registry / "tuf" / "timestamp.json").read_bytes() == before
 
 
 def test_a_threshold_that_cannot_be_met_is_an_error(tmp_path: Path) -> None:
