@@ -96,7 +96,7 @@ def print_sweep(result: Mapping[str, Any]) -> None:
         table.add_row(
             *(f"{row[axis]}" for axis in result["axes"]),
             str(row["seeds"]),
-            *(f"{number(row.get(c))} ± {number(row.get(f'{c} ±'))}" for c in columns),
+            *(f"{number(row.get(c))}±{number(row.get(f'{c} ±'))[1:]}" for c in columns),
             number(row.get("seconds"), 1),
             number(row["epsilon spent"], 2),
         )
