@@ -37,6 +37,7 @@ from fedward.tasks.parameters import to_vector
 from fedward.tasks.registry import get_task
 from fedward.tasks.task import Sums
 from fedward.transport.payload import Payload
+from fedward.transport.sums import clip_by_norm
 
 _ANSWERED = "round {} was answered here already"
 
@@ -182,6 +183,8 @@ def finish_round(site: LocalSite, begun: Round, update: Vector) -> Payload:
             outbox = site.outbox(begun.admitted.study)
             outbox.keep(Kept(begun.number, begun.asked, update))
         site.ledger.settle(begun.reservation, update_digest=digest(update.tobytes()))
+    # What was paid for is kept as it is; less of it may leave.
+    update = clip_by_norm(update, clip_norm=begun.admitted.study.aggregation.clip_norm)
     if begun.masked is not None:
         return begun.masked.mask(update, weight=begun.admitted.plan.weight)
     return Payload({"site": site.name, "round": begun.number}, {"update": update})

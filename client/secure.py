@@ -6,6 +6,7 @@ the site's eyes only, from admission to the end of the run.
 
 import json
 import os
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,63 +20,126 @@ from fedward.privacy.mechanisms.stream import BitStream
 from fedward.privacy.secagg import SiteSession, Terms
 from fedward.strategies.strategy import Vector
 from fedward.transport.payload import Payload
-from fedward.transport.sums import sum_codec
+from fedward.transport.sums import SumCodec, sum_codec
 
 _COORDINATOR = "coordinator"
+_ANSWERED = "round {} was answered here already"
+
+
+@dataclass(slots=True)
+class _Agreed:
+    """An agreement on keys: that of the run or, beside it, that of the newest audit round.
+
+    Attributes:
+        kept: What the site keeps of all its agreements in this study.
+        terms: Of this one.
+        audit: The audit round that it is for; None for that of the run.
+    """
+
+    site: LocalSite
+    admitted: Admitted
+    kept: dict[str, Any]
+    terms: Terms
+    audit: int | None
+    session: SiteSession
+
+    def save(self) -> None:
+        """Keep the session before an answer leaves."""
+        study, frozen = self.admitted.study, self.session.freeze().decode()
+        self.site.sessions[_name(study, self.audit)] = (frozen, self.session)
+        mine = {"terms": self.terms.to_json(), "session": frozen}
+        part = mine if self.audit is None else {"audit": {"round": self.audit, **mine}}
+        self.kept = {**self.kept, **part}
+        _write(self.site, study, self.kept)
+
+    def codec(self, *, size: int) -> SumCodec:
+        """The codec of the whole consortium: sums of groups add up to its sum."""
+        sites = len(self.kept["terms"]["sites"])
+        return sum_codec(self.admitted.study, sites=sites, size=size)
 
 
 def send_key(site: LocalSite, request: Payload) -> Payload:
     """Check the terms of a run against the roster and the policy; answer with a signed key.
 
+    Or those of an audit round's group, against the study as well: there is one group a round.
+
     Raises:
         AdmissionRefused, UpdateRejected: The terms are not those of the consortium, or malformed.
     """
     admitted = _admitted(site, request)
+    study = admitted.study
     try:
         terms = Terms.from_json(request.record["terms"])
     except (KeyError, TypeError, ValueError) as error:
         raise UpdateRejected(site=_COORDINATOR, reason=f"its terms are wrong: {error}") from error
-    kept = _load(site, admitted.study)
-    if kept is not None and kept.get("terms") == terms.to_json():
-        session = _thaw(site, admitted.study, kept)
+    audit, kept = request.record.get("audit"), _load(site, study)
+    if audit is not None:
+        _check_audit(study, audit, kept, terms)
+    before = kept if audit is None or kept is None else kept.get("audit")
+    known = before is not None and before.get("round") == audit
+    if before is not None and known and before.get("terms") == terms.to_json():
+        session = _thaw(site, study, before, audit)
     else:
-        session = _session(site, admitted.study, terms)
-        # A new agreement does not reopen rounds that were answered under an older one.
-        kept = {"terms": terms.to_json(), "last_round": 0 if kept is None else kept["last_round"]}
-    _save(site, admitted.study, session, kept)
-    codec = sum_codec(admitted.study, sites=len(terms.sites), size=terms.length - 1)
+        session = _session(site, study, terms, part=audit is not None)
+    # A new agreement does not reopen rounds that were answered under an older one.
+    agreed = _Agreed(site, admitted, kept or {"last_round": 0}, terms, audit, session)
+    agreed.save()
+    codec = agreed.codec(size=terms.length - 1)
     reply = _reply(site, key=session.key())
     # The scale of the integers is computed at both ends, and must be the same to the last bit.
     return Payload({**reply.record, "granularity": codec.granularity.hex()}, reply.arrays)
 
 
+def _check_audit(study: Study, number: Any, kept: dict[str, Any] | None, terms: Terms) -> None:
+    """Whether a group may be audited in a round: the study says when, and a site is in one group.
+
+    A second group in the same round, or the round's update in another sum as well, would show a
+    difference of sums.
+    """
+    if type(number) is not int or number not in study.aggregation.audit_rounds:
+        raise UpdateRejected(
+            site=_COORDINATOR, reason=f"[aggregation] audit_rounds has no round {number}"
+        )
+    if kept is None or "terms" not in kept:
+        raise UpdateRejected(site=_COORDINATOR, reason="no keys were agreed on in this run")
+    if number <= kept["last_round"]:
+        raise UpdateRejected(site=_COORDINATOR, reason=_ANSWERED.format(number))
+    before = kept.get("audit", {"round": 0})
+    if number < before["round"] or (
+        number == before["round"] and before["terms"] != terms.to_json()
+    ):
+        raise UpdateRejected(
+            site=_COORDINATOR,
+            reason=f"a group was agreed on for audit round {before['round']}; there is one a round",
+        )
+
+
 def send_shares(site: LocalSite, request: Payload) -> Payload:
     """Agree on keys with the other sites; answer with shares of this site's secrets for them."""
-    admitted, session, kept = _resume(site, request)
-    shares = session.accept(_bytes(request, "keys"))
-    _save(site, admitted.study, session, kept)
+    agreed = _resume(site, request)
+    shares = agreed.session.accept(_bytes(request, "keys"))
+    agreed.save()
     return _reply(site, shares=shares)
 
 
 def send_later_shares(site: LocalSite, request: Payload) -> Payload:
     """Shares of later rounds, for a site that was away."""
-    _, session, _ = _resume(site, request)
-    return _reply(site, shares=session.shares(_bytes(request, "request")))
+    return _reply(site, shares=_resume(site, request).session.shares(_bytes(request, "request")))
 
 
 def confirm(site: LocalSite, request: Payload) -> Payload:
     """Sign who survives a round in which some dropped out."""
-    admitted, session, kept = _resume(site, request)
-    answer = session.confirm(_bytes(request, "request"))
-    _save(site, admitted.study, session, kept)
+    agreed = _resume(site, request)
+    answer = agreed.session.confirm(_bytes(request, "request"))
+    agreed.save()
     return _reply(site, confirmation=answer)
 
 
 def unmask(site: LocalSite, request: Payload) -> Payload:
     """Give one share of each site, so that the sum can be read and nothing else."""
-    admitted, session, kept = _resume(site, request)
-    answer = session.unmask(_bytes(request, "request"))
-    _save(site, admitted.study, session, kept)
+    agreed = _resume(site, request)
+    answer = agreed.session.unmask(_bytes(request, "request"))
+    agreed.save()
     return _reply(site, unmasking=answer)
 
 
@@ -87,15 +151,19 @@ class MaskedRound:
     """
 
     def __init__(self, site: LocalSite, request: Payload) -> None:
-        self._site = site
-        self._admitted, self._session, self._kept = _resume(site, request)
-        number = self._session.begin(_bytes(request, "secagg"))
-        if number != request.record.get("round"):
-            raise UpdateRejected(site=_COORDINATOR, reason="it opens another round than it names")
-        if number <= self._kept["last_round"]:
+        self._site, self._agreed = site, _resume(site, request)
+        number, audit = request.record.get("round"), self._agreed.audit
+        audited = number in self._agreed.admitted.study.aggregation.audit_rounds
+        if audited != (audit is not None):
             raise UpdateRejected(
-                site=_COORDINATOR, reason=f"round {number} was answered here already"
+                site=_COORDINATOR, reason="an audit round is asked of groups, any other of all"
             )
+        opened = self._agreed.session.begin(_bytes(request, "secagg"))
+        # A group's agreement is for one round, which is its first.
+        if opened != (number if audit is None else 1) or number != (audit or number):
+            raise UpdateRejected(site=_COORDINATOR, reason="it opens another round than it names")
+        if not isinstance(number, int) or number <= self._agreed.kept["last_round"]:
+            raise UpdateRejected(site=_COORDINATOR, reason=_ANSWERED.format(number))
         self._number = number
 
     def mask(self, vector: Vector, *, weight: float) -> Payload:
@@ -105,12 +173,12 @@ class MaskedRound:
             vector: The update or, in mode "distributed", the sum of clipped gradients.
             weight: The site's public number of training patients.
         """
-        study = self._admitted.study
-        codec = sum_codec(study, sites=len(self._kept["terms"]["sites"]), size=vector.size)
-        summand = codec.encode(vector, weight=weight, bits=self._bits(study))
-        self._kept["last_round"] = self._number
-        masked = bytes(self._session.mask(summand))
-        _save(self._site, study, self._session, self._kept)
+        agreed = self._agreed
+        codec, bits = agreed.codec(size=vector.size), self._bits(agreed.admitted.study)
+        summand = codec.encode(vector, weight=weight, bits=bits)
+        agreed.kept["last_round"] = self._number
+        masked = bytes(agreed.session.mask(summand))
+        agreed.save()
         return Payload(
             {"site": self._site.name, "round": self._number},
             {"masked": np.frombuffer(masked, np.uint8)},
@@ -124,11 +192,13 @@ class MaskedRound:
 
 
 def forget(site: LocalSite, study: Study) -> None:
-    """Delete the session's keys: the run is over. Its last round stays closed."""
+    """Delete the sessions' keys: the run is over. Its last round stays closed."""
     kept = _load(site, study)
-    site.sessions.pop(study.hash, None)
+    for name in [name for name in site.sessions if name.startswith(study.hash)]:
+        del site.sessions[name]
     if kept is not None:
-        _write(site, study, {"last_round": kept["last_round"]})
+        last = max(kept["last_round"], kept.get("audit", {"round": 0})["round"])
+        _write(site, study, {"last_round": last})
 
 
 def _admitted(site: LocalSite, request: Payload) -> Admitted:
@@ -138,15 +208,22 @@ def _admitted(site: LocalSite, request: Payload) -> Admitted:
     return admitted
 
 
-def _resume(site: LocalSite, request: Payload) -> tuple[Admitted, SiteSession, dict[str, Any]]:
+def _resume(site: LocalSite, request: Payload) -> _Agreed:
     admitted = _admitted(site, request)
-    kept = _load(site, admitted.study)
-    if kept is None or "terms" not in kept:
+    audit, kept = request.record.get("audit"), _load(site, admitted.study)
+    part = kept if audit is None or kept is None else kept.get("audit")
+    if kept is None or part is None or "terms" not in part:
         raise UpdateRejected(site=_COORDINATOR, reason="no keys were agreed on in this run")
-    return admitted, _thaw(site, admitted.study, kept), kept
+    if audit is not None and part["round"] != audit:
+        raise UpdateRejected(
+            site=_COORDINATOR, reason=f"no keys were agreed on for audit round {audit}"
+        )
+    session = _thaw(site, admitted.study, part, audit)
+    return _Agreed(site, admitted, kept, Terms.from_json(part["terms"]), audit, session)
 
 
-def _session(site: LocalSite, study: Study, terms: Terms) -> SiteSession:
+def _session(site: LocalSite, study: Study, terms: Terms, *, part: bool) -> SiteSession:
+    """A new session; the terms of a group name `part` of the roster, all others all of it."""
     roster = site.roster()
     if roster is None:
         raise AdmissionRefused(
@@ -154,6 +231,16 @@ def _session(site: LocalSite, study: Study, terms: Terms) -> SiteSession:
             policy="[policy] roster",
             reason='secure aggregation needs the consortium\'s roster; add roster = "roster.toml"',
         )
+    agreed = study.aggregation
+    if terms.adversary != agreed.adversary or terms.min_sites < agreed.min_sites:
+        raise AdmissionRefused(
+            site=site.name,
+            policy=f'[aggregation] adversary = "{agreed.adversary}" and min_sites = '
+            f"{agreed.min_sites} of the study",
+            reason=f'the terms withstand "{terms.adversary}" in sums of {terms.min_sites}',
+        )
+    if part:
+        roster = {name: key for name, key in roster.items() if name in terms.sites}
     return SiteSession(
         terms,
         name=site.name,
@@ -164,13 +251,17 @@ def _session(site: LocalSite, study: Study, terms: Terms) -> SiteSession:
     )
 
 
-def _thaw(site: LocalSite, study: Study, kept: dict[str, Any]) -> SiteSession:
-    frozen, session = site.sessions.get(study.hash, ("", None))
+def _name(study: Study, audit: int | None) -> str:
+    return study.hash if audit is None else f"{study.hash} audit"
+
+
+def _thaw(site: LocalSite, study: Study, kept: dict[str, Any], audit: int | None) -> SiteSession:
+    frozen, session = site.sessions.get(_name(study, audit), ("", None))
     # Another process of this site may have gone on since: what is on disk is the newest.
     if session is None or frozen != kept["session"]:
-        session = _session(site, study, Terms.from_json(kept["terms"]))
+        session = _session(site, study, Terms.from_json(kept["terms"]), part=audit is not None)
         session.thaw(kept["session"].encode())
-        site.sessions[study.hash] = (kept["session"], session)
+        site.sessions[_name(study, audit)] = (kept["session"], session)
     return session
 
 
@@ -180,12 +271,6 @@ def _load(site: LocalSite, study: Study) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     return value
-
-
-def _save(site: LocalSite, study: Study, session: SiteSession, kept: dict[str, Any]) -> None:
-    frozen = session.freeze().decode()
-    site.sessions[study.hash] = (frozen, session)
-    _write(site, study, {**kept, "session": frozen})
 
 
 def _write(site: LocalSite, study: Study, value: dict[str, Any]) -> None:

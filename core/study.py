@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from fedward.core.canonical import digest_json
 from fedward.core.toml import Section, parse_toml, read_toml
@@ -112,6 +112,11 @@ class AggregationSection(Section):
     With `secure` the coordinator sees only sums. Before a site's update goes into the sum, each
     of its coordinates is cut to `max_update`, and a weight to `max_weight` patients: that fixes
     the scale of the integers that are summed. `adversary` is whom the protocol withstands.
+
+    With `clip_norm` a site scales its update down to that L2 norm before it leaves; where there
+    is local noise it is part of the update. In the rounds `audit_rounds` the coordinator sees one
+    sum for each of several random groups of `min_sites` sites or more, and leaves out those that
+    are longer than updates of that norm can make them.
     """
 
     secure: bool = True
@@ -119,6 +124,8 @@ class AggregationSection(Section):
     adversary: Literal["malicious", "honest-but-curious"] = "malicious"
     max_update: float = Field(default=8.0, gt=0)
     max_weight: int = Field(default=10_000, ge=1)
+    clip_norm: float | None = Field(default=None, gt=0)
+    audit_rounds: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(), strict=False)
 
 
 class PublishSection(Section):
@@ -228,6 +235,36 @@ class Study(Section):
         if aggregation.secure and aggregation.min_sites < 3:  # noqa: PLR2004
             raise ValueError(
                 "secure = true needs min_sites of 3 or more: of a sum of two, each knows the other"
+            )
+        return aggregation
+
+    @field_validator("aggregation")
+    @classmethod
+    def _clips_and_audits_fit(
+        cls, aggregation: AggregationSection, info: ValidationInfo
+    ) -> AggregationSection:
+        privacy, study = info.data.get("privacy"), info.data.get("study")
+        mode = "none" if privacy is None else privacy.mode
+        if aggregation.clip_norm is not None and mode not in {"none", "local"}:
+            raise ValueError(
+                f'[aggregation] clip_norm bounds updates, and [privacy] mode = "{mode}" sends '
+                "none; remove clip_norm: [privacy] clip_norm bounds each patient"
+            )
+        if not aggregation.audit_rounds:
+            return aggregation
+        if aggregation.clip_norm is None:
+            raise ValueError(
+                "[aggregation] audit_rounds needs [aggregation] clip_norm: without a bound no sum "
+                "is too long"
+            )
+        if not aggregation.secure:
+            raise ValueError(
+                "[aggregation] audit_rounds needs [aggregation] secure = true: without it every "
+                "update is seen"
+            )
+        if study is not None and max(aggregation.audit_rounds) > study.rounds:
+            raise ValueError(
+                f"[aggregation] audit_rounds goes beyond [study] rounds = {study.rounds}"
             )
         return aggregation
 

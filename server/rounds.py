@@ -140,6 +140,13 @@ def refuse_impossible(study: Study, roster: Roster | None) -> None:
             file="study",
             key="[aggregation] adversary",
         )
+    if study.aggregation.audit_rounds and len(roster or ()) < 2 * study.aggregation.min_sites:
+        raise ConfigError(
+            f"needs two groups of [aggregation] min_sites = {study.aggregation.min_sites} and the "
+            f"roster has {len(roster or ())} sites; remove it, or lower min_sites",
+            file="study",
+            key="[aggregation] audit_rounds",
+        )
     if study.privacy.unit == "site" and study.privacy.mode == "local":
         raise ConfigError(
             '= "site" goes with mode = "central"; local noise protects patients',

@@ -283,7 +283,10 @@ def _which(rounds: Sequence[int]) -> str:
 
 
 def _troubles(events: Sequence[Mapping[str, Any]]) -> str:
-    told = {"refused", "failed", "not evaluated", "release not accepted", "aborted", "retried"}
+    told = {
+        "refused", "failed", "suspect", "void group", "not evaluated", "release not accepted",
+        "aborted", "retried",
+    }  # fmt: skip
     scenario = {(e["site"], e["round"]) for e in events if e["event"] in _HAPPENINGS}
     troubles = [
         event

@@ -113,6 +113,22 @@ class GradientSum:
         return (-self.learning_rate * gradient).astype(np.float32), weight
 
 
+def clip_by_norm(update: Vector, *, clip_norm: float | None) -> Vector:
+    """An update scaled down to an L2 norm of `clip_norm`, if it is longer and there is one.
+
+    What is not finite counts as zero, as it does in the sum.
+
+    Args:
+        update: Shape `(num_parameters,)`.
+        clip_norm: `[aggregation] clip_norm` of the study.
+    """
+    if clip_norm is None:
+        return update
+    wide = np.nan_to_num(update.astype(np.float64), posinf=0.0, neginf=0.0)
+    length = float(np.linalg.norm(wide))
+    return update if length <= clip_norm else (wide * (clip_norm / length)).astype(np.float32)
+
+
 def sum_codec(study: Study, *, sites: int, size: int) -> SumCodec:
     """The codec of a study, the same at every site and at the coordinator.
 
