@@ -15,7 +15,7 @@ from fedward.client.local_site import Admitted, LocalSite
 from fedward.client.outbox import Kept
 from fedward.client.plan import plan_site, training_plan
 from fedward.client.secure import MaskedRound, forget
-from fedward.client.training import sampled_clipped_sum, train
+from fedward.client.training import sampled_clipped_sum
 from fedward.core.canonical import canonical_json, digest
 from fedward.core.errors import (
     AdmissionRefused,
@@ -112,16 +112,21 @@ def train_round(site: LocalSite, request: Payload) -> Payload:
     begun = begin_round(site, request)
     if begun.again is not None:
         return finish_round(site, begun, begun.again)
+    if begun.admitted.study.privacy.mode == "distributed":
+        return _finish_shared(site, begun, _own_sum(site, begun))
+    update = site.train(begun.admitted, begun.parameters, round_number=begun.number)
+    return finish_round(site, begun, update)
+
+
+def _own_sum(site: LocalSite, begun: Round) -> Vector:
+    """The site's sum of clipped gradients, to which nothing is added yet."""
     study = begun.admitted.study
     task, model = site.model(study, begun.parameters)
     training, _ = site.examples(task, study)
     plan = training_plan(study, begun.admitted.plan)
     noise = site.source(study, "train", begun.number)
-    if study.privacy.mode == "distributed":
-        total, _ = sampled_clipped_sum(model, task.loss, training, plan=plan, noise=noise)
-        return _finish_shared(site, begun, total)
-    update = train(model, task.loss, training, plan=plan, noise=noise).update
-    return finish_round(site, begun, update)
+    total, _ = sampled_clipped_sum(model, task.loss, training, plan=plan, noise=noise)
+    return total
 
 
 def begin_round(site: LocalSite, request: Payload) -> Round:

@@ -16,8 +16,9 @@ from torch import nn
 
 from fedward.client.budget import Budget
 from fedward.client.outbox import Keeper, Outbox
-from fedward.client.plan import SitePlan
+from fedward.client.plan import SitePlan, training_plan
 from fedward.client.sources import read_source, split
+from fedward.client.training import train
 from fedward.core.errors import AdmissionRefused, UpdateRejected
 from fedward.core.files import write_atomic
 from fedward.core.identity import Identity, PublicIdentity
@@ -176,6 +177,15 @@ class LocalSite:
         model = task.model(study.model.name, **study.model.args)
         from_vector(model, self.check_parameters(study, parameters))
         return task, model
+
+    def train(self, admitted: Admitted, parameters: Vector, *, round_number: int) -> Vector:
+        """Train a round from parameters that were checked; the update, as it may be kept."""
+        study = admitted.study
+        task, model = self.model(study, parameters)
+        training, _ = self.examples(task, study)
+        plan = training_plan(study, admitted.plan)
+        noise = self.source(study, "train", round_number)
+        return train(model, task.loss, training, plan=plan, noise=noise).update
 
     def check_parameters(self, study: Study, parameters: Vector | None) -> Vector:
         """Hold a coordinator's parameters against the study's model.

@@ -105,10 +105,11 @@ def run_in_process(
     run: RunDirectory, study: Study, sites: LocalSites, scenario: Scenario, config: Config
 ) -> None:
     """Run both apps in this process."""
+    files = {str(file): file for file in sites}
     client_app = make_app(
-        lambda context: sites[Path(str(context.node_config["site"]))], pack=InMemory
+        lambda context: sites[files[str(context.node_config["site"])]], pack=InMemory
     )
-    grid = InProcessGrid(client_app, [{"site": str(file)} for file in sites], run_config=config)
+    grid = InProcessGrid(client_app, [{"site": file} for file in files], run_config=config)
     nodes = dict(zip(grid.get_node_ids(), sites.values(), strict=True))
     cohort = CohortChannel(FlowerChannel(grid, pack=InMemory), nodes, study=study, log=run.event)
     kept = MemoryChannel(cohort, nodes, keep=sites.keep)

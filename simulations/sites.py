@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,11 @@ from torch import nn
 
 from fedward.client.local_site import Admitted, LocalSite, simulated_split_key
 from fedward.client.outbox import Keeper, Kept
+from fedward.client.plan import training_plan
 from fedward.client.sources import split
+from fedward.client.training import TrainingPlan
+from fedward.client.training.sampler import PoissonSampler
+from fedward.client.training.trainer import Trainer
 from fedward.core.errors import AdmissionRefused
 from fedward.core.identity import Identity
 from fedward.core.run import RunDirectory
@@ -69,6 +73,7 @@ class MemorySite(SimulatedSite):
     ) -> None:
         self._shared = shared
         self._outboxes: dict[str, MemoryOutbox] = {}
+        self._rounds: dict[str, tuple[PoissonSampler, TrainingPlan]] = {}
         super().__init__(file, scenario, site=site)
 
     def _open_state(self) -> None:
@@ -94,6 +99,18 @@ class MemorySite(SimulatedSite):
         task, model = self._shared.model(study)
         from_vector(model, checked)
         return task, model
+
+    def train(self, admitted: Admitted, parameters: Vector, *, round_number: int) -> Vector:
+        """As a site's; one model, laid out once, serves all sites, each in its turn."""
+        study = admitted.study
+        trainer = self._shared.trainer(study)
+        if study.hash not in self._rounds:
+            training, _ = self.examples(get_task(study.study.task), study)
+            plan = training_plan(study, admitted.plan)
+            self._rounds[study.hash] = trainer.sampler(training, plan), plan
+        sampler, plan = self._rounds[study.hash]
+        noise = partial(self.source, study, "train", round_number)
+        return trainer.train(parameters, sampler, plan, noise=noise).update
 
     def pin(self, admitted: Admitted) -> None:
         """Keep an admitted study; after a restart the coordinator sends it again."""
@@ -170,6 +187,7 @@ class Shared:
         self.checked: Vector | None = None
         self._rows: dict[Path, dict[str, NDArray[np.int64]]] = {}
         self._models: dict[str, tuple[Task, nn.Module]] = {}
+        self._trainers: dict[str, Trainer] = {}
         self._prepared: dict[tuple[str, str], tuple[Examples, NDArray[np.bool_]]] = {}
 
     def model(self, study: Study) -> tuple[Task, nn.Module]:
@@ -178,6 +196,14 @@ class Shared:
             task = get_task(study.study.task)
             self._models[study.hash] = task, task.model(study.model.name, **study.model.args)
         return self._models[study.hash]
+
+    def trainer(self, study: Study) -> Trainer:
+        """The study's trainer, on a model that nobody else uses."""
+        if study.hash not in self._trainers:
+            task = get_task(study.study.task)
+            model = task.model(study.model.name, **study.model.args)
+            self._trainers[study.hash] = Trainer(model, task.loss)
+        return self._trainers[study.hash]
 
     def examples(self, task: Task, study: Study, site: LocalSite) -> tuple[Examples, Examples]:
         """A site's training and held-out examples, from the pooled data prepared once."""

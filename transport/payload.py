@@ -19,6 +19,7 @@ from fedward.core.errors import UpdateRejected
 FORMAT = 1
 _RECORD, _ARRAYS, _STYPE = "fedward", "arrays", "fedward.raw"
 _DTYPES = {"float32", "float64", "int64", "uint32", "uint8"}
+_IN_MEMORY = frozenset(np.dtype(name) for name in _DTYPES)
 _MOST_JSON = 16 * 1024 * 1024
 _MOST_BYTES = 2 * 1024 * 1024 * 1024
 
@@ -68,7 +69,7 @@ class InMemory(RecordDict):
 
 
 def _read_only(array: NDArray[Any]) -> NDArray[Any]:
-    if str(array.dtype) not in _DTYPES:
+    if array.dtype not in _IN_MEMORY:
         raise ValueError(f"arrays of {array.dtype} do not travel")
     view = array.view()
     view.flags.writeable = False

@@ -14,7 +14,7 @@ from torch import nn
 from fedward.client.training.bookkeeping import Loss
 from fedward.client.training.plan import NotPrivate, Private, TrainingPlan
 from fedward.client.training.prefetch import drawing_ahead
-from fedward.client.training.session import Examples, TrainingState, session
+from fedward.client.training.session import Examples, Session, TrainingState, session
 from fedward.privacy.accounting import DpEvent, dp_sgd_event
 from fedward.privacy.mechanisms.noise import NoiseSource
 
@@ -80,18 +80,27 @@ def train(
         ValueError: The mode does not fit the model, the model mixes records, or the state to
             resume from is of another plan.
     """
-    source = drawing_ahead(noise, steps=plan.steps)
     with session(model, loss, examples, plan) as work:
         if resume is not None:
             work.restore(resume)
-        while work.steps < plan.steps:
-            work.step(source)
-            if checkpoint is not None and work.steps < plan.steps:
-                checkpoint(work.state())
-        work.finish()
-        return LocalResult(
-            work.update(), work.steps, event_of(plan), work.sanitised, work.clip_norm
-        )
+        return run_session(work, plan, noise=noise, checkpoint=checkpoint)
+
+
+def run_session(
+    work: Session,
+    plan: TrainingPlan,
+    *,
+    noise: NoiseSource,
+    checkpoint: Callable[[TrainingState], None] | None = None,
+) -> LocalResult:
+    """Take the plan's steps that are left; see `train`."""
+    source = drawing_ahead(noise, steps=plan.steps)
+    while work.steps < plan.steps:
+        work.step(source)
+        if checkpoint is not None and work.steps < plan.steps:
+            checkpoint(work.state())
+    work.finish()
+    return LocalResult(work.update(), work.steps, event_of(plan), work.sanitised, work.clip_norm)
 
 
 def sampled_clipped_sum(

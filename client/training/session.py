@@ -12,12 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fedward.client.training.bookkeeping import Loss
-from fedward.client.training.clippers import Clipper, Plain
-from fedward.client.training.memory import patients_at_once
-from fedward.client.training.modes import choose_mode, make_clipper
+from fedward.client.training.layout import Layout
 from fedward.client.training.optimizers import FlatOptimizer
-from fedward.client.training.plan import Mode, NotPrivate, Private, TrainingPlan
-from fedward.client.training.recurrent import unroll
+from fedward.client.training.plan import Private, TrainingPlan
 from fedward.client.training.sampler import Batch, PoissonSampler
 from fedward.privacy.mechanisms.noise import NoiseSource, add_noise
 
@@ -58,7 +55,7 @@ class TrainingState:
 
 
 class Session:
-    """One round's state: flat parameters, clipper, sampler, optimizer. Use `session`.
+    """One round's state on a laid-out model: sampler, optimizer, steps. Use `session`.
 
     Attributes:
         flat: The trained parameters as one vector, of which the model's are views.
@@ -68,57 +65,16 @@ class Session:
         steps: Steps taken.
     """
 
-    def __init__(
-        self, model: nn.Module, loss: Loss, examples: Examples, plan: TrainingPlan
-    ) -> None:
+    def __init__(self, layout: Layout, sampler: PoissonSampler, plan: TrainingPlan) -> None:
         self._plan = plan
-        self._parameters = list(model.parameters())
-        trained = [p for p in self._parameters if p.requires_grad]
-        if not trained:
-            raise ValueError("the model has no parameter to train")
-        self._trained = trained
-        self._model = model
+        self._layout, self._sampler = layout, sampler
+        self.flat, self._clipper, self.mode = layout.flat, layout.clipper, layout.mode
         self.sanitised = 0
         self.steps = 0
         guarantee = plan.guarantee
         self.clip_norm = guarantee.clip_norm if isinstance(guarantee, Private) else float("inf")
-        self._sampler = PoissonSampler(
-            examples.features,
-            examples.labels,
-            examples.units,
-            sample_rate=plan.sample_rate,
-            max_records=plan.max_records,
-            device=trained[0].device,
-        )
-        self._training = model.training
-        self._restore = unroll(model) if isinstance(guarantee, Private) else _nothing
-        try:
-            self.mode = _mode_of(model, plan, records=self._sampler.records)
-            one = self._sampler.first()
-            self._at_once = (
-                patients_at_once(model, one, mode=self.mode, limit_mb=plan.memory_limit_mb)
-                if one.patients
-                else 1
-            )
-            if not model.training:
-                model.train()
-            self._clipper: Clipper = (
-                Plain(model, loss, trained)
-                if self.mode is None
-                else make_clipper(model, loss, trained, mode=self.mode)
-            )
-        except BaseException:
-            self._restore()
-            model.train(self._training)
-            raise
-        # Nothing below fails: from here on the parameters are views of one vector, until `close`.
-        self._own = [p.data for p in trained]
-        self.flat = torch.cat([p.detach().reshape(-1) for p in trained])
+        self._at_once = layout.at_once
         self._start = self.flat.clone()
-        for p, view in zip(
-            trained, torch.split(self.flat, [p.numel() for p in trained]), strict=True
-        ):
-            p.data = view.view(p.shape)
         self._average = None if plan.averaging == "last" else torch.zeros_like(self.flat)
         self._optimizer = FlatOptimizer(
             self.flat,
@@ -213,12 +169,7 @@ class Session:
 
     def update(self) -> NDArray[np.float32]:
         """Trained minus given parameters; zero where frozen."""
-        moved = iter(torch.split(self.flat - self._start, [p.numel() for p in self._trained]))
-        parts = [
-            next(moved) if p.requires_grad else torch.zeros(p.numel()) for p in self._parameters
-        ]
-        vector: NDArray[np.float32] = torch.cat([part.float().cpu() for part in parts]).numpy()
-        return vector
+        return self._layout.whole(self.flat - self._start)
 
     def state(self) -> TrainingState:
         """What `restore` needs to go on after this step."""
@@ -251,27 +202,17 @@ class Session:
         )
         self.steps, self.clip_norm, self.sanitised = state.steps, state.clip_norm, state.sanitised
 
-    def close(self) -> None:
-        """Give the parameters their own memory again, holding what was trained."""
-        self._clipper.close()
-        for p, own in zip(self._trained, self._own, strict=True):
-            own.copy_(p.data)
-            p.data = own
-        self._restore()
-        if self._model.training != self._training:
-            self._model.train(self._training)
 
-
-def _mode_of(model: nn.Module, plan: TrainingPlan, *, records: int) -> Mode | None:
-    if isinstance(plan.guarantee, NotPrivate):
-        return None
-    if plan.mode != "auto":
-        return plan.mode
-    return choose_mode(model, batch_size=plan.expected_batch_size, records=records)
-
-
-def _nothing() -> None:
-    """Without privacy, fused layers stay as they are."""
+def make_sampler(examples: Examples, plan: TrainingPlan, *, device: torch.device) -> PoissonSampler:
+    """Who takes part in each step of a plan."""
+    return PoissonSampler(
+        examples.features,
+        examples.labels,
+        examples.units,
+        sample_rate=plan.sample_rate,
+        max_records=plan.max_records,
+        device=device,
+    )
 
 
 @contextmanager
@@ -279,8 +220,12 @@ def session(
     model: nn.Module, loss: Loss, examples: Examples, plan: TrainingPlan
 ) -> Iterator[Session]:
     """A round's state, which is taken off the model at the end, whatever happens."""
-    work = Session(model, loss, examples, plan)
+    first = next((p for p in model.parameters() if p.requires_grad), None)
+    if first is None:
+        raise ValueError("the model has no parameter to train")
+    sampler = make_sampler(examples, plan, device=first.device)
+    layout = Layout(model, loss, plan, sampler)
     try:
-        yield work
+        yield Session(layout, sampler, plan)
     finally:
-        work.close()
+        layout.close()

@@ -1,0 +1,125 @@
+"""A model laid out for training: its trained parameters as views of one vector.
+
+Laying it out costs about as much as a step of a small model, so whoever trains one model for
+many sites does it once.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from fedward.client.training.bookkeeping import Loss
+from fedward.client.training.clippers import Clipper, Plain
+from fedward.client.training.memory import patients_at_once
+from fedward.client.training.modes import choose_mode, make_clipper
+from fedward.client.training.plan import Mode, NotPrivate, Private, TrainingPlan
+from fedward.client.training.recurrent import unroll
+from fedward.client.training.sampler import PoissonSampler
+
+
+class Layout:
+    """What a round needs of a model, whosever round it is.
+
+    Args:
+        model: In training mode from here to `close`.
+        loss: Of outputs and labels, one value an example.
+        plan: Decides whether and how gradients are clipped.
+        sampler: What the site's batches look like.
+
+    Attributes:
+        flat: The trained parameters as one vector, of which the model's are views.
+        mode: How gradients are clipped; None under `NotPrivate()`.
+        at_once: How many patients are worked through together; see `patients_at_once`.
+        clipper: Sums gradients.
+
+    Raises:
+        ValueError: The mode does not fit the model, or the model mixes records.
+    """
+
+    def __init__(
+        self, model: nn.Module, loss: Loss, plan: TrainingPlan, sampler: PoissonSampler
+    ) -> None:
+        self._parameters = list(model.parameters())
+        trained = [p for p in self._parameters if p.requires_grad]
+        if not trained:
+            raise ValueError("the model has no parameter to train")
+        self._model, self._trained = model, trained
+        self._training = model.training
+        self._restore: Callable[[], None] = _nothing
+        if isinstance(plan.guarantee, Private):
+            self._restore = unroll(model)
+        try:
+            self.mode = _mode_of(model, plan, records=sampler.records)
+            one = sampler.first()
+            self.at_once = (
+                patients_at_once(model, one, mode=self.mode, limit_mb=plan.memory_limit_mb)
+                if one.patients
+                else 1
+            )
+            self.train()
+            self.clipper: Clipper = (
+                Plain(model, loss, trained)
+                if self.mode is None
+                else make_clipper(model, loss, trained, mode=self.mode)
+            )
+        except BaseException:
+            self._restore()
+            model.train(self._training)
+            raise
+        # Nothing below fails: from here on the parameters are views of one vector, until `close`.
+        self._own = [p.data for p in trained]
+        self._sizes = [p.numel() for p in trained]
+        self.flat = torch.cat([p.detach().reshape(-1) for p in trained])
+        for p, view in zip(trained, torch.split(self.flat, self._sizes), strict=True):
+            p.data = view.view(p.shape)
+
+    def train(self) -> None:
+        """Put the model in training mode."""
+        if not self._model.training:
+            self._model.train()
+
+    def put(self, parameters: NDArray[np.float32]) -> None:
+        """Start from these parameters, all of the model's in its order."""
+        given = torch.from_numpy(parameters.copy())
+        if len(self._trained) == len(self._parameters):
+            self.flat.copy_(given)
+            return
+        pieces = torch.split(given, [p.numel() for p in self._parameters])
+        with torch.no_grad():
+            for p, piece in zip(self._parameters, pieces, strict=True):
+                p.copy_(piece.view_as(p))
+
+    def whole(self, moved: torch.Tensor) -> NDArray[np.float32]:
+        """A vector of the trained parameters' size as one of all; zero where frozen."""
+        if len(self._trained) == len(self._parameters):
+            return moved.float().cpu().numpy()
+        pieces = iter(torch.split(moved, self._sizes))
+        parts = [
+            next(pieces) if p.requires_grad else torch.zeros(p.numel()) for p in self._parameters
+        ]
+        return torch.cat([part.float().cpu() for part in parts]).numpy()
+
+    def close(self) -> None:
+        """Give the parameters their own memory again, holding what was trained."""
+        self.clipper.close()
+        for p, own in zip(self._trained, self._own, strict=True):
+            own.copy_(p.data)
+            p.data = own
+        self._restore()
+        if self._model.training != self._training:
+            self._model.train(self._training)
+
+
+def _mode_of(model: nn.Module, plan: TrainingPlan, *, records: int) -> Mode | None:
+    if isinstance(plan.guarantee, NotPrivate):
+        return None
+    if plan.mode != "auto":
+        return plan.mode
+    return choose_mode(model, batch_size=plan.expected_batch_size, records=records)
+
+
+def _nothing() -> None:
+    """Without privacy, fused layers stay as they are."""
