@@ -251,6 +251,7 @@ def _show_comparison(value: Mapping[str, Any]) -> None:
         box=box.SIMPLE_HEAD,
         title="Held-out patients: AUC and accuracy",
         title_style="bold",
+        pad_edge=False,
     )
     table.add_column("hospital", no_wrap=True, min_width=11)
     for column in value["columns"]:

@@ -248,14 +248,13 @@ def _compare(
     rows: list[dict[str, Any]] = []
     for name in hospitals.names:
         cells = [_pair(result["sites"][name]) for result in results.values()]
-        cells += [f"{unseen[name]:.3f}", f"{spent[name]['epsilon']:.2f}"]
+        cells += [_short(unseen[name]), f"{spent[name]['epsilon']:.2f}"]
         rows.append({"name": name, "cells": cells})
     rows.append({"name": "mean", "cells": [_pair(r["mean"]) for r in results.values()]})
-    rows[-1]["cells"] += [f"{np.mean(list(unseen.values())):.3f}", ""]
-    worst = [
-        f"{result['worst']['auroc']:.3f}\u00a0\u00a0\u00a0\u00a0" for result in results.values()
-    ]
-    rows.append({"name": "worst", "cells": [*worst, f"{min(unseen.values()):.3f}", ""]})
+    rows[-1]["cells"] += [_short(float(np.mean(list(unseen.values())))), ""]
+    blank = "\u00a0" * 4  # No-break spaces: where the accuracy stands in the rows above.
+    worst = [_short(result["worst"]["auroc"]) + blank for result in results.values()]
+    rows.append({"name": "worst", "cells": [*worst, _short(min(unseen.values())), ""]})
     rows.append({"name": "all", "cells": [_pair(r["pooled"]) for r in results.values()]})
     rows[-1]["cells"] += ["", ""]
     return {
@@ -270,7 +269,12 @@ def _compare(
 def _pair(values: Mapping[str, float]) -> str:
     if "auroc" not in values:
         return "–"
-    return f"{values['auroc']:.3f} {values['accuracy']:.2f}".replace(" 0.", " .")
+    return f"{_short(values['auroc'])} {_short(values['accuracy'], 2)}"
+
+
+def _short(share: float, places: int = 3) -> str:
+    # ".873": the table must fit in a terminal of 80 columns.
+    return f"{share:.{places}f}".removeprefix("0")
 
 
 def _said(value: object) -> str:
