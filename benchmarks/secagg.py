@@ -1,9 +1,10 @@
 """Secure aggregation: how fast, how large, how thoroughly explored.
 
 For n = 10 sites and d parameters: (a) the raw cipher stream, (b) a plain float32 sum, (c) the
-primitives of Flower 1.41's SecAgg+, (d) ours. All in one process; each figure is the best of
-several, taken in turns, so that a busy machine hits all of them alike. One core means CPU seconds
-of the one thread at work; two cores means wall-clock seconds, medians of turns with Flower's.
+primitives of Flower 1.41's SecAgg+, (d) ours. All in one process and in turns, so that a busy
+machine hits all of them alike: each figure is the median over the turns, each ratio the median of
+the turns' ratios. One core means CPU seconds of the one thread at work; two cores means seconds on
+the wall.
 
     python benchmarks/secagg.py [--quick] [--json]
 """
@@ -57,18 +58,24 @@ def seconds(action: Callable[[], object]) -> float:
     return clock(1) - start
 
 
-def best(
-    actions: dict[str, Callable[[], object]],
-    *,
-    repeats: int,
-    timer: Callable[[Callable[[], object]], float] = seconds,
-) -> dict[str, float]:
-    """Seconds of each action, the best of `repeats`, all of them once in each turn."""
-    found = dict.fromkeys(actions, float("inf"))
-    for _ in range(repeats):
-        for name, action in actions.items():
-            found[name] = min(found[name], timer(action))
-    return found
+class Turns:
+    """Seconds of several actions, each of them once in a turn."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, list[float]] = {}
+
+    def add(self, name: str, seconds: float) -> None:
+        """What an action took in this turn."""
+        self._seconds.setdefault(name, []).append(seconds)
+
+    def median(self, name: str) -> float:
+        """Seconds."""
+        return statistics.median(self._seconds[name])
+
+    def ratio(self, name: str, over: str) -> float:
+        """The median of one action's seconds over another's of the same turn."""
+        pairs = zip(self._seconds[name], self._seconds[over], strict=True)
+        return statistics.median(one / other for one, other in pairs)
 
 
 def raw_streams(key: bytes, size: int) -> None:
@@ -174,58 +181,49 @@ def measure(length: int, *, repeats: int) -> dict[str, float]:
         for one in floats:
             total += one
 
-    times = best(
-        {
-            "add": lambda: np.add(vector, vector, out=vector),
-            "cipher": lambda: raw_streams(key, size),
-            "one_mask": lambda: apply_masks(vector, masks[:1], threads=1),
-            "masks": lambda: apply_masks(vector, masks, threads=1),
-            "plain_sum": plain,
-        },
-        repeats=2 * repeats,
-    )
-    times["flower_site"] = min(seconds(lambda: flower_client(update)) for _ in range(repeats))
-    for threads in (1, 2):
-        ours = Ours(length, threads)
-        runs, theirs = [], []
-        for _ in range(2 * repeats):
-            taken, message = ours.site(update)
-            runs.append(taken)
-            times["message"] = len(message)
-            del message
-            if threads > 1:
-                theirs.append(_wall(lambda: flower_client(update)))
-        if threads == 1:
-            times["site_1"] = min(runs)
-        else:
-            times["site_2"] = statistics.median(runs)
-            times["flower_site_wall"] = statistics.median(theirs)
-        times[f"coordinator_{threads}"] = min(
-            ours.round(update, dropouts=0) for _ in range(repeats)
-        )
-        times[f"recovery_{threads}"] = (
-            min(ours.round(update, dropouts=1) for _ in range(repeats))
-            - times[f"coordinator_{threads}"]
-        )
+    turns = Turns()
+    actions: dict[str, Callable[[], object]] = {
+        "add": lambda: np.add(vector, vector, out=vector),
+        "cipher": lambda: raw_streams(key, size),
+        "one_mask": lambda: apply_masks(vector, masks[:1], threads=1),
+        "masks": lambda: apply_masks(vector, masks, threads=1),
+        "plain_sum": plain,
+        "flower": lambda: flower_client(update),
+    }
+    alone, shared = Ours(length, 1), Ours(length, 2)
+    for turn in range(repeats + 1):
+        found = {name: seconds(action) for name, action in actions.items()}
+        found["site"], message = alone.site(update)
+        message_bytes = len(message)
+        del message
+        found["coordinator"] = alone.round(update, dropouts=0)
+        found["recovery"] = alone.round(update, dropouts=1) - found["coordinator"]
+        found["flower_wall"] = _wall(actions["flower"])
+        found["site_wall"], _ = shared.site(update)
+        found["plain_sum_wall"] = _wall(plain)
+        found["coordinator_wall"] = shared.round(update, dropouts=0)
+        for name, value in found.items() if turn else ():  # the first turn warms up
+            turns.add(name, value)
     return {
         "d": length,
-        "plain_sum_s": times["plain_sum"],
-        "add_gbs": size / times["add"] / 1e9,
-        "cipher_gbs": SITES * size / times["cipher"] / 1e9,
-        "generate_and_add_gbs": SITES * size / times["masks"] / 1e9,
-        "generate_and_add_one_stream_gbs": size / times["one_mask"] / 1e9,
-        "flower_site_s": times["flower_site"],
-        "site_one_core_s": times["site_1"],
-        "site_two_cores_s": times["site_2"],
-        "flower_over_one_core": times["flower_site"] / times["site_1"],
-        "flower_over_two_cores": times["flower_site_wall"] / times["site_2"],
-        "bytes_a_parameter": times["message"] / length,
-        "coordinator_one_core_s": times["coordinator_1"],
-        "coordinator_two_cores_s": times["coordinator_2"],
-        "coordinator_one_core_plain_sums": times["coordinator_1"] / times["plain_sum"],
-        "coordinator_two_cores_plain_sums": times["coordinator_2"] / times["plain_sum"],
-        "recovery_one_core_s": max(0.0, times["recovery_1"]),
-        "recovery_over_masking": max(0.0, times["recovery_1"]) / times["site_1"],
+        "plain_sum_s": turns.median("plain_sum"),
+        "add_gbs": size / turns.median("add") / 1e9,
+        "cipher_gbs": SITES * size / turns.median("cipher") / 1e9,
+        "generate_and_add_gbs": SITES * size / turns.median("masks") / 1e9,
+        "generate_and_add_one_stream_gbs": size / turns.median("one_mask") / 1e9,
+        "generate_and_add_over_cipher": turns.ratio("cipher", "masks"),
+        "flower_site_s": turns.median("flower"),
+        "site_one_core_s": turns.median("site"),
+        "site_two_cores_s": turns.median("site_wall"),
+        "flower_over_one_core": turns.ratio("flower", "site"),
+        "flower_over_two_cores": turns.ratio("flower_wall", "site_wall"),
+        "bytes_a_parameter": message_bytes / length,
+        "coordinator_one_core_s": turns.median("coordinator"),
+        "coordinator_two_cores_s": turns.median("coordinator_wall"),
+        "coordinator_one_core_plain_sums": turns.ratio("coordinator", "plain_sum"),
+        "coordinator_two_cores_plain_sums": turns.ratio("coordinator_wall", "plain_sum_wall"),
+        "recovery_one_core_s": turns.median("recovery"),
+        "recovery_over_masking": turns.ratio("recovery", "site"),
     }
 
 
@@ -235,17 +233,18 @@ def shamir_ms() -> dict[str, float]:
     key = os.urandom(32)
     shares = shamir.split(secret, threshold=34, points=points, key=key)
     theirs = create_shares(secret, 34, 50)
-    times = best(
-        {
+    turns = Turns()
+    for _ in range(5):
+        # On the wall: Flower's sharing runs on threads of its own.
+        for name, action in {
             "ours_split": lambda: shamir.split(secret, threshold=34, points=points, key=key),
             "ours_combine": lambda: shamir.combine(shares[:34], shamir.weights(points[:34])),
             "flower_split": lambda: create_shares(secret, 34, 50),
             "flower_combine": lambda: combine_shares(theirs[:34]),
-        },
-        repeats=3,
-        timer=_wall,  # Flower's sharing runs on threads of its own
-    )
-    return {f"{name}_ms": 1e3 * value for name, value in times.items()}
+        }.items():
+            turns.add(name, _wall(action))
+    names = ("ours_split", "ours_combine", "flower_split", "flower_combine")
+    return {f"{name}_ms": 1e3 * turns.median(name) for name in names}
 
 
 def explored(*, quick: bool) -> list[dict[str, object]]:
@@ -307,7 +306,7 @@ def main() -> None:
     sizes = (10**5, 10**7) if options.quick else (10**5, 10**6, 10**7)
     rows = []
     for length in sizes:
-        row = measure(length, repeats=2 if options.quick else 4)
+        row = measure(length, repeats=3 if options.quick else 9)
         rows.append(row)
         say(f"\nd = {length:.0e}, n = {SITES}")
         for name, value in row.items():
@@ -328,7 +327,7 @@ def main() -> None:
         say(f"graph {graph}")
     bars = [
         bar("generate-and-add over the cipher's raw rate",
-            top["generate_and_add_gbs"] / top["cipher_gbs"], 0.7, at_least=True),
+            top["generate_and_add_over_cipher"], 0.7, at_least=True),
         bar("a site's masking faster than Flower's, one core",
             top["flower_over_one_core"], 6.5, at_least=True),
         bar("a site's masking faster than Flower's, two cores",
