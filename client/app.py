@@ -11,6 +11,7 @@ from flwr.clientapp import ClientApp
 from fedward.client import secure
 from fedward.client.answers import admit_study, evaluate_release, take_release, train_round
 from fedward.client.local_site import LocalSite
+from fedward.client.monitor import release_histograms
 from fedward.core.errors import ConfigError, FedwardError
 from fedward.transport.payload import Payload, pack, unpack
 
@@ -29,6 +30,7 @@ _TRAIN: Mapping[str, Act] = {
     "shares": secure.send_later_shares,
     "confirm": secure.confirm,
     "unmask": secure.unmask,
+    "monitor": release_histograms,
 }
 _QUERY: Mapping[str, Act] = {"admit": admit_study, "publish": take_release}
 _EVALUATE: Mapping[str, Act] = {"metrics": evaluate_release}

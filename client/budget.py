@@ -10,12 +10,15 @@ from fedward.core.study import Study
 from fedward.privacy.accounting import (
     DpEvent,
     calibrate_gaussian,
+    compose,
     dp_sgd_event,
     event_to_json,
     gaussian_event,
+    privacy_spent,
 )
 from fedward.privacy.accounting.events import Leaves, event_of, leaves
 from fedward.privacy.ledger import Ledger, Reservation
+from fedward.transport.monitor import monitor_round, monitor_sensitivity
 
 _EVALUATION_ROUND = 1
 _ACCEPTANCE = "whether the site takes the release: one word about its held-out patients"
@@ -49,7 +52,7 @@ class Budget:
         policy = self.site.policy
         self.ledger.allot(
             study=self.study.hash,
-            event=self._steps(self.plan.steps * self.plan.rounds),
+            event=self._whole_run(),
             max_epsilon=policy.max_epsilon,
             delta=policy.delta,
             unit=self.study.privacy.unit,
@@ -96,6 +99,14 @@ class Budget:
             event=gaussian_event(self.evaluation_noise),
         )
 
+    def reserve_monitor(self) -> Reservation:
+        """Reserve the release of histograms. Raises `BudgetExceeded` if there was one already."""
+        return self.ledger.reserve(
+            study=self.study.hash,
+            round_number=monitor_round(self.study),
+            event=gaussian_event(self.plan.monitor_noise),
+        )
+
     def close(self) -> None:
         """End the study: what it did not use is free again."""
         for study in (self.study.hash, self._evaluation):
@@ -106,9 +117,18 @@ class Budget:
         delta = self.study.privacy.delta
         spent = self.ledger.spent_by(self.study.hash, delta)
         evaluation = self.ledger.spent_by(self._evaluation, delta)
-        judged = {"not_covered": _ACCEPTANCE} if self.site.policy.judges else {}
+        extra: dict[str, Any] = {"not_covered": _ACCEPTANCE} if self.site.policy.judges else {}
+        if self.study.monitor is not None:
+            alone = privacy_spent(
+                gaussian_event(self.plan.monitor_noise), delta=delta, unit=self.study.privacy.unit
+            )
+            extra["monitor"] = {
+                "epsilon_alone": alone.epsilon,
+                "noise_multiplier": self.plan.monitor_noise,
+                "sensitivity": monitor_sensitivity(self.study),
+            }
         return {
-            **judged,
+            **extra,
             **spent.to_json(),
             "noise_multiplier": self.plan.noise_multiplier,
             "sample_rate": self.plan.sample_rate,
@@ -121,6 +141,12 @@ class Budget:
     @property
     def _evaluation(self) -> str:
         return f"{self.study.hash}/held-out"
+
+    def _whole_run(self) -> DpEvent:
+        steps = self._steps(self.plan.steps * self.plan.rounds)
+        if self.study.monitor is None:
+            return steps
+        return compose([steps, gaussian_event(self.plan.monitor_noise)])
 
     def _steps(self, steps: int) -> DpEvent:
         return dp_sgd_event(

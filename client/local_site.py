@@ -33,7 +33,7 @@ from fedward.privacy.secagg import SiteSession
 from fedward.strategies.strategy import Vector
 from fedward.tasks.parameters import from_vector, to_vector
 from fedward.tasks.registry import get_task
-from fedward.tasks.task import Examples, Task
+from fedward.tasks.task import Examples, Table, Task
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +145,10 @@ class LocalSite:
         """The outbox of the study's one release of metrics."""
         return Outbox(self.state / "outbox" / f"{study.hash}-metrics.safetensors")
 
+    def monitor_outbox(self, study: Study) -> Keeper:
+        """The outbox of the study's one release of histograms."""
+        return Outbox(self.state / "outbox" / f"{study.hash}-monitor.safetensors")
+
     def examples(self, task: Task, study: Study) -> tuple[Examples, Examples]:
         """Training and held-out examples, scaled by the schema's public ranges.
 
@@ -152,14 +156,24 @@ class LocalSite:
             DataError: The site's data cannot be read as the task needs them.
         """
         if study.hash not in self._examples:
-            table = read_source(self.site, self.file, task)
-            key = self._split_key(study)
-            training, held_out = split(table, held_out=self.site.data.held_out, key=key)
+            training, held_out = self._tables(task, study)
             self._examples[study.hash] = (
                 task.prepare(training, None),
                 task.prepare(held_out, None),
             )
         return self._examples[study.hash]
+
+    def training_table(self, task: Task, study: Study) -> Table:
+        """The training patients in the schema's units, read again: the table is not kept.
+
+        Raises:
+            DataError: The site's data cannot be read as the task needs them.
+        """
+        return self._tables(task, study)[0]
+
+    def _tables(self, task: Task, study: Study) -> tuple[Table, Table]:
+        table = read_source(self.site, self.file, task)
+        return split(table, held_out=self.site.data.held_out, key=self._split_key(study))
 
     def source(self, study: Study, *purpose: str | int) -> NoiseSource:
         """Where randomness comes from: a cryptographic stream, or in simulation the seed."""

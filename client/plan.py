@@ -9,6 +9,7 @@ from fedward.core.errors import AdmissionRefused
 from fedward.core.site import Site
 from fedward.core.study import Study
 from fedward.privacy.accounting import calibrate
+from fedward.transport.monitor import local_monitor_noise, monitor_mechanism
 from fedward.transport.sums import distributed_mechanism
 
 
@@ -23,6 +24,7 @@ class SitePlan:
         rounds: Rounds of the run.
         noise_multiplier: Noise standard deviation over clip norm, of the site's own noise or, in
             mode "distributed", of that in the sum of the fewest sites; 0 only in mode "none".
+        monitor_noise: Likewise of the histograms for drift; 0 where the study asks for none.
     """
 
     weight: float
@@ -30,6 +32,7 @@ class SitePlan:
     steps: int
     rounds: int
     noise_multiplier: float
+    monitor_noise: float = 0.0
 
     @property
     def expected_batch_size(self) -> float:
@@ -73,10 +76,12 @@ def plan_site(study: Study, site: Site, *, sites: int = 0, size: int = 0) -> Sit
         steps = training.local_steps
     else:
         steps = max(1, math.ceil((training.local_epochs or 1.0) / sample_rate))
-    noise_multiplier = 0.0
+    noise_multiplier, monitor_noise = 0.0, local_monitor_noise(study)
     if study.privacy.mode == "distributed":
         try:
             noise_multiplier = distributed_mechanism(study, sites=sites, size=size).noise_multiplier
+            if study.monitor is not None:
+                monitor_noise = monitor_mechanism(study, sites=sites).noise_multiplier
         except ValueError as error:
             raise AdmissionRefused(
                 site=site.name, policy="[policy] roster", reason=str(error)
@@ -87,6 +92,7 @@ def plan_site(study: Study, site: Site, *, sites: int = 0, size: int = 0) -> Sit
             delta=study.privacy.delta,
             sample_rate=sample_rate,
             steps=steps * study.study.rounds,
+            beside_epsilon=None if study.monitor is None else study.monitor.epsilon,
         )
     return SitePlan(
         weight=weight,
@@ -94,6 +100,7 @@ def plan_site(study: Study, site: Site, *, sites: int = 0, size: int = 0) -> Sit
         steps=steps,
         rounds=study.study.rounds,
         noise_multiplier=noise_multiplier,
+        monitor_noise=monitor_noise,
     )
 
 

@@ -19,6 +19,7 @@ from fedward.core.study import Study
 from fedward.privacy.mechanisms.stream import BitStream
 from fedward.privacy.secagg import SiteSession, Terms
 from fedward.strategies.strategy import Vector
+from fedward.transport.monitor import monitor_codec, monitor_round
 from fedward.transport.payload import Payload
 from fedward.transport.sums import SumCodec, sum_codec
 
@@ -33,7 +34,8 @@ class _Agreed:
     Attributes:
         kept: What the site keeps of all its agreements in this study.
         terms: Of this one.
-        audit: The audit round that it is for; None for that of the run.
+        audit: The one round that it is for, an audit or that of the histograms; None for that of
+            the run.
     """
 
     site: LocalSite
@@ -52,10 +54,12 @@ class _Agreed:
         self.kept = {**self.kept, **part}
         _write(self.site, study, self.kept)
 
-    def codec(self, *, size: int) -> SumCodec:
+    def codec(self) -> SumCodec:
         """The codec of the whole consortium: sums of groups add up to its sum."""
-        sites = len(self.kept["terms"]["sites"])
-        return sum_codec(self.admitted.study, sites=sites, size=size)
+        study, sites = self.admitted.study, len(self.kept["terms"]["sites"])
+        if self.audit == monitor_round(study):
+            return monitor_codec(study, sites=sites)
+        return sum_codec(study, sites=sites, size=self.terms.length - 1)
 
 
 def send_key(site: LocalSite, request: Payload) -> Payload:
@@ -80,11 +84,11 @@ def send_key(site: LocalSite, request: Payload) -> Payload:
     if before is not None and known and before.get("terms") == terms.to_json():
         session = _thaw(site, study, before, audit)
     else:
-        session = _session(site, study, terms, part=audit is not None)
+        session = _session(site, study, terms, part=_is_group(study, audit))
     # A new agreement does not reopen rounds that were answered under an older one.
     agreed = _Agreed(site, admitted, kept or {"last_round": 0}, terms, audit, session)
     agreed.save()
-    codec = agreed.codec(size=terms.length - 1)
+    codec = agreed.codec()
     reply = _reply(site, key=session.key())
     # The scale of the integers is computed at both ends, and must be the same to the last bit.
     return Payload({**reply.record, "granularity": codec.granularity.hex()}, reply.arrays)
@@ -96,7 +100,7 @@ def _check_audit(study: Study, number: Any, kept: dict[str, Any] | None, terms: 
     A second group in the same round, or the round's update in another sum as well, would show a
     difference of sums.
     """
-    if type(number) is not int or number not in study.aggregation.audit_rounds:
+    if type(number) is not int or number not in _apart(study):
         raise UpdateRejected(
             site=_COORDINATOR, reason=f"[aggregation] audit_rounds has no round {number}"
         )
@@ -153,7 +157,7 @@ class MaskedRound:
     def __init__(self, site: LocalSite, request: Payload) -> None:
         self._site, self._agreed = site, _resume(site, request)
         number, audit = request.record.get("round"), self._agreed.audit
-        audited = number in self._agreed.admitted.study.aggregation.audit_rounds
+        audited = number in _apart(self._agreed.admitted.study)
         if audited != (audit is not None):
             raise UpdateRejected(
                 site=_COORDINATOR, reason="an audit round is asked of groups, any other of all"
@@ -170,11 +174,17 @@ class MaskedRound:
         """The site's vector and its weight, as one masked vector of integers.
 
         Args:
-            vector: The update or, in mode "distributed", the sum of clipped gradients.
+            vector: The update or, in mode "distributed", the sum of clipped gradients; or
+                histograms.
             weight: The site's public number of training patients.
         """
         agreed = self._agreed
-        codec, bits = agreed.codec(size=vector.size), self._bits(agreed.admitted.study)
+        if vector.size + 1 != agreed.terms.length:
+            raise UpdateRejected(
+                site=_COORDINATOR,
+                reason=f"its terms are for {agreed.terms.length} numbers, not {vector.size + 1}",
+            )
+        codec, bits = agreed.codec(), self._bits(agreed.admitted.study)
         summand = codec.encode(vector, weight=weight, bits=bits)
         agreed.kept["last_round"] = self._number
         masked = bytes(agreed.session.mask(summand))
@@ -189,6 +199,17 @@ class MaskedRound:
             seed = study.study.seed
             return BitStream.simulated(seed, self._site.name, "summand", self._number)
         return BitStream.secure()
+
+
+def _apart(study: Study) -> set[int]:
+    """Rounds with an agreement of their own: audits, and the release of histograms."""
+    monitor = set() if study.monitor is None else {monitor_round(study)}
+    return monitor.union(study.aggregation.audit_rounds)
+
+
+def _is_group(study: Study, audit: int | None) -> bool:
+    """Whether a round is asked of groups; histograms are of the whole roster."""
+    return audit in study.aggregation.audit_rounds
 
 
 def forget(site: LocalSite, study: Study) -> None:
@@ -259,7 +280,8 @@ def _thaw(site: LocalSite, study: Study, kept: dict[str, Any], audit: int | None
     frozen, session = site.sessions.get(_name(study, audit), ("", None))
     # Another process of this site may have gone on since: what is on disk is the newest.
     if session is None or frozen != kept["session"]:
-        session = _session(site, study, Terms.from_json(kept["terms"]), part=audit is not None)
+        terms = Terms.from_json(kept["terms"])
+        session = _session(site, study, terms, part=_is_group(study, audit))
         session.thaw(kept["session"].encode())
         site.sessions[_name(study, audit)] = (kept["session"], session)
     return session

@@ -128,6 +128,18 @@ class AggregationSection(Section):
     audit_rounds: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(), strict=False)
 
 
+class MonitorSection(Section):
+    """`[monitor]`: release reference histograms of inputs and predictions, to watch for drift.
+
+    They are of the training patients. `epsilon` is what they cost by themselves; the noise of
+    training is solved so that both together keep `[privacy] epsilon`. `bins` is how many a number
+    has: public, so few where a consortium is small, for noise comes on each.
+    """
+
+    epsilon: float | None = Field(default=None, gt=0)
+    bins: int = Field(default=5, ge=2, le=50)
+
+
 class PublishSection(Section):
     """`[publish]`: where releases go, and who signs them.
 
@@ -226,6 +238,7 @@ class Study(Section):
     strategy: StrategySection = Field(default_factory=StrategySection)
     privacy: PrivacySection
     aggregation: AggregationSection = Field(default_factory=AggregationSection)
+    monitor: MonitorSection | None = None
     publish: PublishSection = Field(default_factory=PublishSection)
     simulation: SimulationSection = Field(default_factory=SimulationSection)
 
@@ -268,6 +281,32 @@ class Study(Section):
             )
         return aggregation
 
+    @field_validator("monitor")
+    @classmethod
+    def _monitor_is_paid_for(
+        cls, monitor: MonitorSection | None, info: ValidationInfo
+    ) -> MonitorSection | None:
+        privacy = info.data.get("privacy")
+        if monitor is None or privacy is None:
+            return monitor
+        if privacy.mode == "none" and monitor.epsilon is not None:
+            raise ValueError('[privacy] mode = "none" has no budget; remove [monitor] epsilon')
+        if privacy.mode == "none":
+            return monitor
+        if privacy.unit == "site":
+            raise ValueError(
+                '[privacy] unit = "site" has no bound on what a hospital adds to a histogram; '
+                "remove [monitor]"
+            )
+        if monitor.epsilon is None:
+            raise ValueError("[monitor] needs epsilon, such as epsilon = 0.5: it is never free")
+        if not monitor.epsilon < (privacy.epsilon or 0.0):
+            raise ValueError(
+                f"[monitor] epsilon = {monitor.epsilon:g} leaves nothing of [privacy] epsilon = "
+                f"{privacy.epsilon:g} for training"
+            )
+        return monitor
+
     @cached_property
     def hash(self) -> str:
         """SHA-256 of what a site agrees to, 64 hexadecimal digits."""
@@ -275,7 +314,10 @@ class Study(Section):
 
     def agreed(self) -> dict[str, Any]:
         """The part of the study that the hash covers, as JSON values."""
-        return self.model_dump(mode="json", exclude={"simulation", "publish"})
+        agreed = self.model_dump(mode="json", exclude={"simulation", "publish"})
+        if self.monitor is None:
+            del agreed["monitor"]  # as studies were hashed before there was one
+        return agreed
 
 
 def load_study(path: Path) -> Study:

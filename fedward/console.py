@@ -272,6 +272,12 @@ def _show_release(value: Mapping[str, Any]) -> None:
         soft_wrap=True,
     )
     _OUT.print(privacy_line(value["privacy"]))
+    if value["drift"] is not None:
+        drift = value["drift"]
+        _OUT.print(
+            f"drift is watched: histograms of {len(drift['fields'])} fields, each share noised by "
+            f"±{100 * drift['prediction']['noise']:.1f} points, inside the epsilon above"
+        )
 
 
 def _show_answer(value: Mapping[str, Any]) -> None:

@@ -39,6 +39,7 @@ def card_json(
     statement: Mapping[str, Any],
     metrics: Mapping[str, Any],
     training: Mapping[str, Any],
+    monitor: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The card as JSON values. Figures over fewer than 20 examples are left out, and said so."""
     return {
@@ -63,6 +64,7 @@ def card_json(
             "Missing values are allowed and make an answer less certain; the answer names them.",
         ],
         "evaluation": _evaluation(metrics),
+        "monitoring": _monitoring(monitor),
         "privacy": {
             key: statement[key]
             for key in ("statement", "private", "reason", "epsilon", "mechanism", "not_covered")
@@ -72,6 +74,21 @@ def card_json(
             for key in ("study", "study_hash", "rounds", "sites", "versions")
             if key in training
         },
+    }
+
+
+def _monitoring(monitor: Mapping[str, Any] | None) -> dict[str, Any]:
+    """How a hospital notices that its patients are no longer those that the model learnt from."""
+    if monitor is None:
+        return {
+            "drift": "not watched: this release has no reference histograms, because the study "
+            "asked for none ([monitor]) or they could not be made",
+            "reference": None,
+        }
+    return {
+        "drift": "the adapter compares inputs and predictions with monitor.json, histograms "
+        "of the patients that the model was trained on",
+        "reference": dict(monitor.get("made") or {}),
     }
 
 
@@ -113,6 +130,8 @@ def card_html(card: Mapping[str, Any], signature: ModelSignature) -> str:
 <section><h2>Intended use</h2><p>{escape(use["use"])}</p><p>{escape(use["users"])}</p>
 <p>Not for: {escape("; ".join(use["out_of_scope"]))}.</p></section>
 <section><h2>How well it did</h2>{_evaluation_html(card["evaluation"])}</section>
+<section><h2>Watching it</h2><p>{escape(card["monitoring"]["drift"].capitalize())}.</p>
+{_facts(card["monitoring"]["reference"] or {})}</section>
 <section><h2>Limits</h2>{_list(card["limits"])}</section>
 <section><h2>Inputs</h2>{_inputs(signature)}</section>
 <section><h2>Training</h2>{_facts(card["training"])}</section>

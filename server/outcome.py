@@ -22,6 +22,7 @@ from fedward.server.registry import Registry
 from fedward.server.statement import privacy_statement
 from fedward.strategies.strategy import Vector
 from fedward.tasks.task import Sums, Task, add_sums
+from fedward.transport.monitor import monitor_mechanism
 from fedward.transport.payload import Payload
 from fedward.transport.sums import distributed_mechanism, fewest_sites
 
@@ -103,10 +104,12 @@ def publish_outcome(
     publisher: Identity,
     seconds: float,
     secure: Mapping[str, Any] | None,
+    monitor: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Publish the release, hand it to every site, and close the run directory.
 
-    `secure` is what secure aggregation cost, where there was any.
+    `secure` is what secure aggregation cost, where there was any; `monitor` the histograms that
+    go with the release.
     """
     study, run = execution.study, execution.run
     training = {
@@ -126,6 +129,7 @@ def publish_outcome(
         metrics=outcome.metrics,
         training=training,
         identity=publisher,
+        monitor=monitor,
     )
     copy = run.adopt_release(release)
     run.event("published", release=str(copy.name), version=release.name)
@@ -212,15 +216,18 @@ def adversaries(study: Study, *, sites: int, size: int) -> list[dict[str, Any]]:
     """
     fewest, privacy = fewest_sites(study, sites=sites), study.privacy
     mechanism = distributed_mechanism(study, sites=sites, size=size)
+    monitor = None if study.monitor is None else monitor_mechanism(study, sites=sites)
     rows = []
     for colluders in (0, least_threshold(sites, study.aggregation.adversary) - 1):
         try:
             against = mechanism.against(survivors=fewest, colluders=colluders)
+            beside = monitor and monitor.against(survivors=fewest, colluders=colluders)
             spent = against.spent(
                 sample_rate=study.training.sample_rate or 1.0,
                 steps=study.study.rounds,
                 delta=privacy.delta,
                 unit=privacy.unit,
+                beside=beside,
             ).to_json()
         except ValueError:
             spent = {"epsilon": None, "delta": privacy.delta, "unit": privacy.unit}
@@ -250,6 +257,8 @@ def _statement(
     }
     if privacy.mode != "none":
         accounted |= {"asked_epsilon": privacy.epsilon, "clip_norm": privacy.clip_norm}
+    if study.monitor is not None:
+        accounted["monitor"] = study.monitor.model_dump()
     if privacy.mode == "distributed":
         accounted["adversary"] = _ADVERSARY.format(privacy.colluders)
         accounted["adversaries"] = adversaries(study, sites=roster_size, size=size)

@@ -98,7 +98,9 @@ def publish(
             outcome=task.schema.label.description,
             fields=tuple(_field(field) for field in task.schema.features),
         )
-        card = card_json(signature, statement=statement, metrics=metrics, training=facts)
+        card = card_json(
+            signature, statement=statement, metrics=metrics, training=facts, monitor=monitor
+        )
         watched = {} if monitor is None else {"monitor.json": _pretty(dict(monitor))}
         files = {
             **watched,

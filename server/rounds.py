@@ -19,8 +19,9 @@ from fedward.server.channel import Channel, Reply
 from fedward.server.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from fedward.server.execution import Execution
 from fedward.server.members import Member, admit
+from fedward.server.monitor import collect_monitor
 from fedward.server.outcome import collect_outcome, publish_outcome
-from fedward.server.secure import Cost, SecureRounds
+from fedward.server.secure import SecureRounds
 from fedward.strategies.averaging import IterateAverage
 from fedward.strategies.registry import make_strategy
 from fedward.strategies.strategy import State, Strategy, Vector
@@ -88,8 +89,10 @@ def coordinate(
         deadline=settings.deadline,
         roster_size=len(settings.roster or ()),
     )
-    checkpoint, cost = _train(execution, strategy, checkpoint, settings.roster)
+    secure = _secure_rounds(execution, checkpoint, settings.roster)
+    checkpoint = _train(execution, strategy, checkpoint, secure)
     parameters = checkpoint.average.released(checkpoint.state.parameters)
+    monitor = collect_monitor(execution, parameters, secure)
     outcome = collect_outcome(execution, parameters)
     return publish_outcome(
         execution,
@@ -98,7 +101,8 @@ def coordinate(
         registry=settings.registry,
         publisher=publisher,
         seconds=round(time.monotonic() - started, 3),
-        secure=None if cost is None else cost.to_json(),
+        secure=None if secure is None or not secure.agreed else secure.cost.to_json(),
+        monitor=monitor,
     )
 
 
@@ -182,23 +186,29 @@ def _wait_for_sites(channel: Channel, settings: Settings) -> None:
         time.sleep(_POLL_NODES)
 
 
+def _secure_rounds(
+    execution: Execution, checkpoint: Checkpoint, roster: Roster | None
+) -> SecureRounds | None:
+    if not execution.study.aggregation.secure or roster is None:
+        return None
+    return SecureRounds(execution, roster=roster, size=checkpoint.state.parameters.size)
+
+
 def _train(
-    execution: Execution, strategy: Strategy, checkpoint: Checkpoint, roster: Roster | None
-) -> tuple[Checkpoint, Cost | None]:
+    execution: Execution, strategy: Strategy, checkpoint: Checkpoint, secure: SecureRounds | None
+) -> Checkpoint:
     study, run = execution.study, execution.run
-    first, cost = checkpoint.round_number + 1, None
+    first = checkpoint.round_number + 1
     one_round: OneRound = partial(_one_round, execution)
-    if study.aggregation.secure and roster is not None and first <= study.study.rounds:
-        size = checkpoint.state.parameters.size
-        secure = SecureRounds(execution, roster=roster, size=size)
+    if secure is not None and first <= study.study.rounds:
         secure.agree()
-        one_round, cost = secure.round, secure.cost
+        one_round = secure.round
         # A round that was opened and not finished is void: sites never answer its number again.
         opened = [event["round"] for event in run.events() if event["event"] == "opened"]
         first = max([first, *(number + 1 for number in opened)])
     for round_number in range(first, study.study.rounds + 1):
         begun = time.monotonic()
-        if cost is not None:
+        if secure is not None:
             run.event("opened", round=round_number)
         state, survivors = one_round(strategy, checkpoint.state, round_number)
         checkpoint = Checkpoint(
@@ -216,7 +226,7 @@ def _train(
             seconds=round(time.monotonic() - begun, 4),
             parameters=digest(state.parameters.tobytes())[:16],
         )
-    return checkpoint, cost
+    return checkpoint
 
 
 def _one_round(

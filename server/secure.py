@@ -16,9 +16,11 @@ from fedward.server.channel import Reply
 from fedward.server.execution import Execution
 from fedward.server.groups import Groups
 from fedward.server.members import Member
-from fedward.strategies.strategy import State, Strategy
+from fedward.strategies.strategy import State, Strategy, Vector
+from fedward.tasks.reference import size as cells
+from fedward.transport.monitor import monitor_codec, monitor_layout, monitor_round
 from fedward.transport.payload import Payload
-from fedward.transport.sums import sharing, sum_codec
+from fedward.transport.sums import SumCodec, sharing, sum_codec
 
 Take = Callable[[str, bytes], None]
 
@@ -70,11 +72,12 @@ class SecureRounds:
         self._execution, self._roster = execution, dict(roster)
         self._codec = sum_codec(study, sites=len(roster), size=size)
         self.cost = Cost(sites=len(roster))
+        self.agreed = False
         self._size = size
         degree = sharing(sites=len(roster))
         if degree is not None:
             execution.run.event("graph", sites=len(roster), **asdict(degree))
-        self._terms, self._session = self._propose(tuple(sorted(roster)))
+        self._terms, self._session = self._propose(tuple(sorted(roster)), length=size + 1)
 
     def agree(self) -> None:
         """Agree on keys, once a run.
@@ -82,6 +85,7 @@ class SecureRounds:
         Raises:
             AggregationAborted: Too few sites answer.
         """
+        self.agreed = True
         members = tuple(member.site for member in self._execution.members)
         self._agree(self._everybody(0), dict.fromkeys(members, self._terms), more={})
 
@@ -106,6 +110,33 @@ class SecureRounds:
         state = strategy.finish(strategy.fold(state, mean, weight))
         return state, sorted(name for result in sums for name in result.survivors)
 
+    def histograms(self, parameters: Vector) -> tuple[Vector, int]:
+        """The sum of all sites' histograms for drift, and how many sites are in it.
+
+        It has other numbers than an update, so keys are agreed on for it.
+
+        Args:
+            parameters: The model whose predictions are counted.
+
+        Raises:
+            AggregationAborted: Too few sites answer.
+        """
+        study = self._execution.study
+        codec, number = monitor_codec(study, sites=len(self._roster)), monitor_round(study)
+        names = tuple(sorted(self._roster))
+        terms, session = self._propose(names, ahead=1, length=cells(monitor_layout(study)) + 1)
+        log = self._execution.run.event
+        groups = Groups({names: session}, round_number=number, first=1, log=log)
+        members = (m.site for m in self._execution.members if m.site in self._roster)
+        more = {"audit": number}
+        self._agree(
+            groups, dict.fromkeys(members, terms), more=more, round_number=number, codec=codec
+        )
+        asked = {"round": number, "parameters": parameters}
+        (result,) = self._exchange(groups, "train.monitor", asked, round_number=number, more=more)
+        counts, weight = codec.decode(result.total)
+        return counts, round(weight)
+
     def _audited(self, strategy: Strategy, state: State, round_number: int) -> list[RoundSum]:
         """The sums of random groups that honest sites can have sent."""
         aggregation = self._execution.study.aggregation
@@ -119,7 +150,8 @@ class SecureRounds:
             )
         begun = time.monotonic()
         drawn = audit.groups(members, min_sites=aggregation.min_sites)
-        proposed = {names: self._propose(names, ahead=1) for names in drawn}
+        length = self._size + 1
+        proposed = {names: self._propose(names, ahead=1, length=length) for names in drawn}
         groups = Groups(
             {names: session for names, (_, session) in proposed.items()},
             round_number=round_number,
@@ -178,7 +210,7 @@ class SecureRounds:
         )
 
     def _propose(
-        self, names: tuple[str, ...], *, ahead: int = 4
+        self, names: tuple[str, ...], *, length: int, ahead: int = 4
     ) -> tuple[Terms, CoordinatorSession]:
         study = self._execution.study
         roster = {name: self._roster[name] for name in names}
@@ -186,7 +218,7 @@ class SecureRounds:
         terms = Terms.propose(
             study=study.hash,
             roster=roster,
-            length=self._size + 1,
+            length=length,
             min_sites=study.aggregation.min_sites,
             adversary=study.aggregation.adversary,
             threshold=None if degree is None else degree.threshold,
@@ -209,10 +241,12 @@ class SecureRounds:
         *,
         more: Mapping[str, Any],
         round_number: int = 0,
+        codec: SumCodec | None = None,
     ) -> None:
         ask = partial(self._ask, more=more, round_number=round_number)
         proposals = {site: {"terms": part.to_json()} for site, part in terms.items()}
-        ask("train.key", proposals, "key", lambda s, data: groups.of(s).add_key(s, data))
+        ask("train.key", proposals, "key", lambda s, data: groups.of(s).add_key(s, data),
+            codec=codec or self._codec)  # fmt: skip
         keys = groups.requests(lambda session: session.key_list())
         ask("train.share", _named("keys", keys), "shares",
             lambda s, data: groups.of(s).add_shares(s, data))  # fmt: skip
@@ -227,18 +261,34 @@ class SecureRounds:
         more: Mapping[str, Any],
     ) -> list[RoundSum]:
         """One round in each group: the sums of those that are not void."""
-        ask, number = partial(self._ask, more=more, round_number=round_number), groups.number
-        lacking = groups.requests(lambda session: session.shares_request(number))
-        ask("train.shares", _named("request", lacking), "shares",
-            lambda s, data: groups.of(s).add_shares(s, data))  # fmt: skip
-        opened = groups.requests(lambda session: session.open_round(number))
         training = {
             "round": round_number,
             "instructions": dict(strategy.instructions(state)),
             "parameters": state.parameters,
         }
-        asked = {site: {"secagg": data, **training} for site, data in opened.items()}
-        ask("train.update", asked, "masked", lambda s, data: groups.of(s).add_update(s, data))
+        sums = self._exchange(
+            groups, "train.update", training, round_number=round_number, more=more
+        )
+        self.cost.plain += 4 * self._size * sum(len(result.survivors) for result in sums)
+        return sums
+
+    def _exchange(
+        self,
+        groups: Groups,
+        kind: str,
+        asked: Mapping[str, Any],
+        *,
+        round_number: int,
+        more: Mapping[str, Any],
+    ) -> list[RoundSum]:
+        """Ask the sites of each group for what is summed; the sums of those that are not void."""
+        ask, number = partial(self._ask, more=more, round_number=round_number), groups.number
+        lacking = groups.requests(lambda session: session.shares_request(number))
+        ask("train.shares", _named("request", lacking), "shares",
+            lambda s, data: groups.of(s).add_shares(s, data))  # fmt: skip
+        opened = groups.requests(lambda session: session.open_round(number))
+        each = {site: {"secagg": data, **asked} for site, data in opened.items()}
+        ask(kind, each, "masked", lambda s, data: groups.of(s).add_update(s, data))
         begun = time.monotonic()
         confirm = groups.requests(lambda session: session.close_updates())
         ask("train.confirm", _named("request", confirm), "confirmation",
@@ -252,7 +302,6 @@ class SecureRounds:
                 "disputed", round=round_number, site=holder, reason=f"its share of {dealer} differs"
             )
         self.cost.seconds += time.monotonic() - begun
-        self.cost.plain += 4 * self._size * sum(len(result.survivors) for result in sums)
         return sums
 
     def _ask(
@@ -264,27 +313,20 @@ class SecureRounds:
         *,
         more: Mapping[str, Any],
         round_number: int,
+        codec: SumCodec | None = None,
     ) -> None:
         payloads = {site: self._payload({**parts, **more}) for site, parts in requests.items()}
         for member, reply in self._execution.ask_each(kind, payloads, round_number=round_number):
             try:
                 data = _read(member, reply, answer)
-                if kind == "train.key":
-                    self._check_scale(member, reply)
+                if codec is not None:
+                    _check_scale(member, reply, codec)
                 self.cost.sent[answer] = self.cost.sent.get(answer, 0) + len(data)
                 take(member.site, data)
             except UpdateRejected as error:
                 self._execution.run.event(
                     "failed", round=round_number, site=member.site, step=kind, reason=error.reason
                 )
-
-    def _check_scale(self, member: Member, reply: Reply) -> None:
-        said = reply.payload.record.get("granularity") if reply.payload is not None else None
-        if said != self._codec.granularity.hex():
-            raise UpdateRejected(
-                site=member.site,
-                reason="it computes another scale of the integers; install the same versions there",
-            )
 
     def _payload(self, parts: Mapping[str, Any]) -> Payload:
         record: dict[str, Any] = {"hash": self._execution.study.hash}
@@ -297,6 +339,15 @@ class SecureRounds:
             else:
                 record[name] = part
         return Payload(record, arrays)
+
+
+def _check_scale(member: Member, reply: Reply, codec: SumCodec) -> None:
+    said = reply.payload.record.get("granularity") if reply.payload is not None else None
+    if said != codec.granularity.hex():
+        raise UpdateRejected(
+            site=member.site,
+            reason="it computes another scale of the integers; install the same versions there",
+        )
 
 
 def _named(name: str, requests: Mapping[str, bytes]) -> dict[str, dict[str, bytes]]:

@@ -9,6 +9,7 @@ _MECHANISMS = {
     "distributed": "discrete noise of all sites, inside a secure sum",
     "central": "Gaussian noise of a trusted coordinator on clipped site updates",
 }
+_HISTOGRAMS = "noised histograms of the training patients' inputs and predictions, for drift"
 _NOT_COVERED = {
     True: ["anything: weights and metrics are exact"],
     False: [
@@ -52,8 +53,9 @@ def privacy_statement(privacy: Mapping[str, Any]) -> dict[str, Any]:
         reason = "a site's epsilon is not known"
     known = [float(epsilon) for epsilon in epsilons if epsilon is not None]
     epsilon = max(known, default=None)
+    also = "; and once, " + _HISTOGRAMS if privacy.get("monitor") and mode != "none" else ""
     statement = {
-        "mechanism": _MECHANISMS[mode],
+        "mechanism": _MECHANISMS[mode] + also,
         **privacy,
         "sites": {name: dict(site) for name, site in sites.items()},
         "epsilon": epsilon,

@@ -9,6 +9,9 @@ model was trained. Today's values are kept in a bounded window in memory and nev
      "fields": {"age": {"edges": [18, 35, ...], "shares": [.1, ...], "missing": 0.0}, ...},
      "prediction": {"edges": [0, .1, ..., 1], "shares": [...], "missing": 0}}
 
+`noise`, if it is there, is the standard deviation of each share's noise; the index is smoothed by
+it, and an alarm has to be above what the noise alone makes.
+
 A category's edges are its codes' midpoints. Population stability index: Siddiqi, Credit Risk
 Scorecards (2006), section 9; above 0.2 is taken as a shift worth a look.
 """
@@ -38,11 +41,21 @@ class Histogram:
         edges: Shape `(k + 1,)`, rising; the outer bins reach to infinity.
         shares: Shape `(k,)`, summing to 1 - missing.
         missing: Share of missing values.
+        noise: Standard deviation of the noise on each share.
     """
 
     edges: NDArray[np.float64]
     shares: NDArray[np.float64]
     missing: float
+    noise: float = 0.0
+
+    @property
+    def stability_of_noise(self) -> float:
+        """The population stability index that the reference's own noise is expected to make.
+
+        To second order it is the sum of squared differences over the shares.
+        """
+        return float((self.noise**2 / (self.whole + self.noise + _SMOOTHING)).sum())
 
     def count(self, values: NDArray[np.float32]) -> NDArray[np.float64]:
         """How many of `values` are in each bin, and last how many are missing: `(k + 1,)`."""
@@ -94,8 +107,8 @@ def parse_monitor(value: Mapping[str, Any]) -> dict[str, Histogram]:
         try:
             edges = np.array(entry["edges"], np.float64)
             shares = np.array(entry["shares"], np.float64)
-            missing = float(entry["missing"])
-        except (TypeError, KeyError, ValueError) as error:
+            missing, noise = float(entry["missing"]), float(entry.get("noise", 0.0))
+        except (TypeError, KeyError, ValueError, AttributeError) as error:
             raise ValueError(f"monitor.json: {name} is malformed") from error
         whole = np.append(shares, missing)
         if (
@@ -103,16 +116,24 @@ def parse_monitor(value: Mapping[str, Any]) -> dict[str, Histogram]:
             or not (np.diff(edges) > 0).all()
             or not (whole >= 0).all()
             or abs(whole.sum() - 1) > 1e-6  # noqa: PLR2004 (rounding)
+            or not 0 <= noise < np.inf
         ):
             raise ValueError(f"monitor.json: {name} is no histogram")
-        histograms[name] = Histogram(edges, shares, missing)
+        histograms[name] = Histogram(edges, shares, missing, noise)
     return histograms
 
 
-def population_stability(now: NDArray[np.float64], reference: NDArray[np.float64]) -> float:
-    """PSI of two histograms over the same bins; counts or shares, smoothed where empty."""
-    a = now / max(now.sum(), 1e-12) + _SMOOTHING
-    b = reference / max(reference.sum(), 1e-12) + _SMOOTHING
+def population_stability(
+    now: NDArray[np.float64], reference: NDArray[np.float64], *, noise: float = 0.0
+) -> float:
+    """PSI of two histograms over the same bins; counts or shares, smoothed where empty.
+
+    With `noise` on the reference's shares they are smoothed by it: in a cell that is mostly noise
+    nothing can be said of a ratio.
+    """
+    smoothing = max(_SMOOTHING, noise)
+    a = now / max(now.sum(), 1e-12) + smoothing
+    b = reference / max(reference.sum(), 1e-12) + smoothing
     a, b = a / a.sum(), b / b.sum()
     return float(((a - b) * np.log(a / b)).sum())
 
@@ -164,7 +185,8 @@ class DriftMonitor:
             if reference is None or not rows:
                 continue
             now = reference.count(self._rows[:rows, column])
-            psi = population_stability(now, reference.whole)
+            psi = population_stability(now, reference.whole, noise=reference.noise)
+            alarm = psi > ALARM_PSI + reference.stability_of_noise and rows >= LEAST_ROWS
             ks = kolmogorov_smirnov(now[:-1], reference.shares)
-            found.append(Shift(name, psi, ks, rows, psi > ALARM_PSI and rows >= LEAST_ROWS))
+            found.append(Shift(name, psi, ks, rows, alarm))
         return sorted(found, key=lambda shift: -shift.psi)

@@ -56,12 +56,14 @@ average_last = 0.5
 [aggregation]
 secure    = false
 min_sites = {min_sites}
-
+{monitor}
 [simulation]
 leave_out = [{leave_out}]
 """
 _NO_PRIVACY = 'mode = "none"\nacknowledge = "no privacy"'
 _PRIVATE = 'mode = "local"\nunit = "patient"\nepsilon = 4.0\ndelta = 1e-5\nclip_norm = 1.0'
+# Histograms of the training patients, so that the adapter notices drift: part of epsilon 4.
+_MONITOR = "\n[monitor]\nepsilon = 1.0\n"
 _WHAT = (
     "Four hospitals train one model of heart disease.\n"
     "Patients' records stay where they are; what leaves is clipped and noised."
@@ -140,6 +142,7 @@ def run_demo(out: Path | None, *, show: Show | None) -> dict[str, Any]:
     tell("comparison", comparison)
     metrics = private.read_json("metrics.json")
     release = Path(metrics["release"])
+    monitor = release / "monitor.json"
     signature = json.loads((release / "signature.json").read_text(encoding="utf-8"))
     tell(
         "release",
@@ -148,6 +151,7 @@ def run_demo(out: Path | None, *, show: Show | None) -> dict[str, Any]:
             "version": signature["version"],
             "where": str(release),
             "privacy": metrics["privacy"],
+            "drift": json.loads(monitor.read_bytes()) if monitor.exists() else None,
         },
     )
     write_demo_report(folder, private, comparison)
@@ -198,6 +202,7 @@ def _run(
     text = _STUDY.format(
         name="heart-disease" if name == "private" else f"heart-{name}",
         privacy=privacy,
+        monitor=_MONITOR if privacy == _PRIVATE else "",
         min_sites=3,
         leave_out=f'"{leave_out}"' if leave_out else "",
     )

@@ -30,7 +30,7 @@ from fedward.strategies.strategy import Vector
 from fedward.tasks import datasets
 from fedward.tasks.parameters import from_vector
 from fedward.tasks.registry import get_task
-from fedward.tasks.task import Examples, Task
+from fedward.tasks.task import Examples, Table, Task
 
 
 class SimulatedSite(LocalSite):
@@ -135,6 +135,10 @@ class MemorySite(SimulatedSite):
         """The outbox of the study's one release of metrics."""
         return self._outboxes.setdefault(f"{study.hash}-metrics", MemoryOutbox(keeps=True))
 
+    def monitor_outbox(self, study: Study) -> Keeper:
+        """The outbox of the study's one release of histograms."""
+        return self._outboxes.setdefault(f"{study.hash}-monitor", MemoryOutbox(keeps=True))
+
     def check_parameters(self, study: Study, parameters: Vector | None) -> Vector:
         """As a site's; what was checked for one site is good for the others."""
         if parameters is not None and self._shared.checked is parameters:
@@ -149,6 +153,10 @@ class PartitionSite(MemorySite):
 
     def _clean_examples(self, task: Task, study: Study) -> tuple[Examples, Examples]:
         return self._shared.examples(task, study, self)
+
+    def training_table(self, task: Task, study: Study) -> Table:
+        """As a site's, of the pooled data."""
+        return self._shared.training_table(task, study, self)
 
 
 class MemoryOutbox:
@@ -188,7 +196,7 @@ class Shared:
         self._rows: dict[Path, dict[str, NDArray[np.int64]]] = {}
         self._models: dict[str, tuple[Task, nn.Module]] = {}
         self._trainers: dict[str, Trainer] = {}
-        self._prepared: dict[tuple[str, str], tuple[Examples, NDArray[np.bool_]]] = {}
+        self._prepared: dict[tuple[str, str], tuple[Table, Examples, NDArray[np.bool_]]] = {}
 
     def model(self, study: Study) -> tuple[Task, nn.Module]:
         """The study's task and a model, made once."""
@@ -207,6 +215,19 @@ class Shared:
 
     def examples(self, task: Task, study: Study, site: LocalSite) -> tuple[Examples, Examples]:
         """A site's training and held-out examples, from the pooled data prepared once."""
+        _, prepared, side, rows = self._pooled(task, study, site)
+        here = side[rows]
+        return prepared.take(rows[~here]), prepared.take(rows[here])
+
+    def training_table(self, task: Task, study: Study, site: LocalSite) -> Table:
+        """A site's training patients, from the pooled data."""
+        table, _, side, rows = self._pooled(task, study, site)
+        return table.take(rows[~side[rows]])
+
+    def _pooled(
+        self, task: Task, study: Study, site: LocalSite
+    ) -> tuple[Table, Examples, NDArray[np.bool_], NDArray[np.int64]]:
+        """The pooled data, prepared; which rows are held out; and which are the site's."""
         file = site.file.parent / str(site.site.data.path)
         if file not in self._rows:
             self._rows[file] = read_rows(file)
@@ -219,10 +240,8 @@ class Shared:
             _, held_out = split(table, held_out=share, key=simulated_split_key(study, ""))
             out = set(held_out.patient_ids)
             side = np.array([patient_id in out for patient_id in table.patient_ids])
-            self._prepared[key] = task.prepare(table, None), side
-        prepared, side = self._prepared[key]
-        here = side[rows]
-        return prepared.take(rows[~here]), prepared.take(rows[here])
+            self._prepared[key] = table, task.prepare(table, None), side
+        return *self._prepared[key], rows
 
 
 class LocalSites(Mapping[Path, LocalSite]):

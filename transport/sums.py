@@ -174,8 +174,9 @@ def distributed_mechanism(study: Study, *, sites: int, size: int) -> Distributed
         delta=privacy.delta,
         sample_rate=training.sample_rate or 1.0,
         steps=study.study.rounds,
+        beside_epsilon=None if study.monitor is None else study.monitor.epsilon,
     )
-    return _shared_noise(
+    return shared_noise(
         noise_multiplier=wanted,
         clip_norm=privacy.clip_norm,
         length=size,
@@ -187,4 +188,4 @@ def distributed_mechanism(study: Study, *, sites: int, size: int) -> Distributed
 
 
 # Sites ask again in every round, and the search for the scale takes some milliseconds.
-_shared_noise = cache(DistributedGaussian.calibrate)
+shared_noise = cache(DistributedGaussian.calibrate)

@@ -4,7 +4,13 @@ import functools
 import math
 from collections.abc import Callable
 
-from fedward.privacy.accounting.events import DpEvent, dp_sgd_event, gaussian_event, leaves
+from fedward.privacy.accounting.events import (
+    DpEvent,
+    compose,
+    dp_sgd_event,
+    gaussian_event,
+    leaves,
+)
 from fedward.privacy.accounting.pricing import best_epsilon
 
 SMALLEST_NOISE = 0.1
@@ -16,7 +22,14 @@ _CLOSE_ENOUGH = 1e-5
 
 
 @functools.lru_cache(maxsize=256)
-def calibrate(*, epsilon: float, delta: float, sample_rate: float, steps: int) -> float:
+def calibrate(
+    *,
+    epsilon: float,
+    delta: float,
+    sample_rate: float,
+    steps: int,
+    beside_epsilon: float | None = None,
+) -> float:
     """The noise multiplier with which DP-SGD spends at most `epsilon` at `delta`, by PLD.
 
     Rounded up to four decimals (relative to 1, or to the noise multiplier if that is larger), so
@@ -27,6 +40,8 @@ def calibrate(*, epsilon: float, delta: float, sample_rate: float, steps: int) -
         delta: In (0, 1).
         sample_rate: Probability with which each unit takes part in a step, in (0, 1].
         steps: Steps of the whole run, >= 1.
+        beside_epsilon: What one Gaussian release to the same patients costs by itself; DP-SGD
+            leaves room for it, so that both together spend at most `epsilon`.
 
     Returns:
         At least 0.1: less noise than that is not worth the name.
@@ -36,11 +51,17 @@ def calibrate(*, epsilon: float, delta: float, sample_rate: float, steps: int) -
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
-    return calibrate_event(
-        lambda noise: dp_sgd_event(noise_multiplier=noise, sample_rate=sample_rate, steps=steps),
-        epsilon=epsilon,
-        delta=delta,
-    )
+    beside: list[DpEvent] = []
+    if beside_epsilon is not None:
+        if not beside_epsilon < epsilon:
+            raise ValueError(f"{beside_epsilon} leaves nothing of epsilon {epsilon} for training")
+        beside = [gaussian_event(calibrate_gaussian(epsilon=beside_epsilon, delta=delta))]
+
+    def whole(noise: float) -> DpEvent:
+        steps_alone = dp_sgd_event(noise_multiplier=noise, sample_rate=sample_rate, steps=steps)
+        return compose([steps_alone, *beside])
+
+    return calibrate_event(whole, epsilon=epsilon, delta=delta)
 
 
 @functools.lru_cache(maxsize=256)

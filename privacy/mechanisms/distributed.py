@@ -12,7 +12,14 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from fedward.privacy.accounting import DpEvent, PrivacySpent, Unit, dp_sgd_event, privacy_spent
+from fedward.privacy.accounting import (
+    DpEvent,
+    PrivacySpent,
+    Unit,
+    compose,
+    dp_sgd_event,
+    privacy_spent,
+)
 from fedward.privacy.mechanisms.discrete import (
     LARGEST_STD,
     DiscreteGaussian,
@@ -215,8 +222,18 @@ class DistributedGaussian:
             raise ValueError(f"the discrete noise alone fails with {variation:g}, over delta")
         return remains
 
-    def spent(self, *, sample_rate: float, steps: int, delta: float, unit: Unit) -> PrivacySpent:
+    def spent(
+        self,
+        *,
+        sample_rate: float,
+        steps: int,
+        delta: float,
+        unit: Unit,
+        beside: "DistributedGaussian | None" = None,
+    ) -> PrivacySpent:
         """An upper bound on epsilon after `steps` rounds, everything included.
+
+        With `beside`, also after one release of everybody under that mechanism.
 
         Raises:
             ValueError: An argument is outside its range, or epsilon is 20 or more.
@@ -224,10 +241,14 @@ class DistributedGaussian:
         ceiling = 20.0  # e^20 times the variation is still far below any delta
         remains = self.remaining_delta(delta=delta, epsilon=ceiling, steps=steps)
         event = self.event(sample_rate=sample_rate, steps=steps)
+        ratio, _ = self.slack(steps=steps)
+        if beside is not None:
+            remains = beside.remaining_delta(delta=remains, epsilon=ceiling, steps=1)
+            event = compose([event, beside.event(sample_rate=1.0, steps=1)])
+            ratio += beside.slack(steps=1)[0]
         found = privacy_spent(event, delta=remains, unit=unit)
         if not max(found.epsilon, found.epsilon_rdp) < ceiling:
             raise ValueError(f"epsilon is {found.epsilon:g}; add noise")
-        ratio, _ = self.slack(steps=steps)
         return replace(
             found,
             epsilon=found.epsilon + 2 * ratio,
