@@ -72,9 +72,8 @@ def test_moments_are_those_of_the_normal(draws: NDArray[np.float64]) -> None:
 def test_draws_of_one_call_do_not_depend_on_each_other(draws: NDArray[np.float64]) -> None:
     z = stats.norm.isf(FALSE_ALARM / 2)
 
-    # Lag 1 and 2, and half a block of 32,768, the distance between the two draws of a pair;
-    # squares too, for the two share a radius.
-    for lag in (1, 2, 1 << 14):
+    # Lag 1 and 2, and a block of 32,768 and half of one; squares too.
+    for lag in (1, 2, 1 << 14, 1 << 15):
         for a, b in ((draws[:-lag], draws[lag:]), (draws[:-lag] ** 2 - 1, draws[lag:] ** 2 - 1)):
             correlation = float(np.mean(a * b)) / math.sqrt(float(np.mean(a**2) * np.mean(b**2)))
             assert abs(correlation) < z / math.sqrt(len(a))
@@ -154,19 +153,20 @@ def test_low_bits_of_what_is_released_say_nothing() -> None:
         assert low_bits(released.astype(np.float64)) == 1.0
 
 
-def test_a_pair_does_not_betray_the_secret() -> None:
-    # Holohan and Braghin 2021: for the right secret x^2 + y^2 of a pair of Box-Muller draws gives
-    # a uniform -log u that is a multiple of 2^-63 or so. Rounded to 2^-16 both guesses look alike.
-    half = 1 << 14
-    released = add_noise(np.full(2 * half, 0.25), std=1.0, source=SOURCES[0]).astype(np.float64)
+def test_neighbours_do_not_betray_the_secret() -> None:
+    # Holohan and Braghin 2021: of a pair of Box-Muller draws x^2 + y^2 gives, for the right
+    # secret alone, a uniform -log u that is a multiple of 2^-63 or so. There are no pairs here,
+    # and rounded to 2^-16 both guesses look alike.
+    released = add_noise(np.full(1 << 16, 0.25), std=1.0, source=SOURCES[0]).astype(np.float64)
 
-    residues = []
-    for guess in (0.25, 0.25 + 2.0**-20):
-        noise = released - guess
-        radius = np.exp(-0.5 * (noise[:half] ** 2 + noise[half:] ** 2)) * 2.0**32
-        residues.append(radius % 1.0)
+    for distance in (1, 1 << 14, 1 << 15):
+        residues = []
+        for guess in (0.25, 0.25 + 2.0**-20):
+            noise = released - guess
+            pairs = noise[:-distance] ** 2 + noise[distance:] ** 2
+            residues.append(np.exp(-0.5 * pairs) * 2.0**32 % 1.0)
 
-    assert stats.ks_2samp(*residues).pvalue > FALSE_ALARM
+        assert stats.ks_2samp(*residues).pvalue > FALSE_ALARM
 
 
 def test_add_noise_refuses_what_noise_cannot_hide() -> None:

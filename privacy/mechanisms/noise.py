@@ -5,14 +5,14 @@
 
 **Floating point.** Textbook samplers leak: the doubles that a noisy value can take depend on the
 secret below the noise (Mironov, "On significance of the least significant bits for differential
-privacy", CCS 2012), and for Box-Muller two draws of a pair betray whether a guess of the secret
-is right (Holohan and Braghin, "Secure random sampling in differential privacy", ESORICS 2021).
-`add_noise` therefore releases no such double. It adds noise of full resolution to the vector in
-double precision and rounds the *sum* to multiples of a power of two near `std / 2**16`, which
-depends on `std` alone. Rounding the sum is post-processing, so it costs no sensitivity. Every
+privacy", CCS 2012), and where draws are made in pairs, two of them betray whether a guess of the
+secret is right (Holohan and Braghin, "Secure random sampling in differential privacy", ESORICS
+2021). `add_noise` therefore releases no such double. It adds noise of full resolution to the
+vector in double precision and rounds the *sum* to multiples of a power of two near `std / 2**16`,
+which depends on `std` alone. Rounding the sum is post-processing, so it costs no sensitivity. Every
 multiple within nine standard deviations of every secret is reached, each by more than 1e10 of
-the 2**128 outputs of the sampler, so which values occur says nothing, and the pair relation is
-rounded away: of a pair's 106 bits, about 35 are released.
+the sampler's outputs, so which values occur says nothing; and each draw is made of words of its
+own (`normal`), so there is no pair.
 """
 
 import math
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 GRID_BITS = 16
 """Released values are multiples of the power of two in (std / 2**17, std / 2**16]."""
 
-_CHUNK = 1 << 15
+_CHUNK = 1 << 17  # a draw of a source has a fixed cost, and its working space is to stay small
 
 
 class NoiseSource(Protocol):
@@ -75,17 +75,16 @@ def add_noise(
         raise ValueError(f"std must be positive and finite, got {std}")
     flat: NDArray[Any] = np.ascontiguousarray(vector).reshape(-1)
     released = np.empty(flat.size, dtype=np.float32)
-    step = grid_step(std)
+    anchor = 1.5 * 2.0**52 * grid_step(std)
     for start in range(0, flat.size, _CHUNK):
         part = flat[start : start + _CHUNK]
         if not np.isfinite(part).all():
             raise ValueError("a vector that is not finite cannot be released with noise")
         noisy = np.asarray(source.gaussian(part.size, std=std), dtype=np.float64)
         noisy += part
-        noisy *= 1.0 / step
-        np.rint(noisy, out=noisy)
-        noisy *= step
-        released[start : start + _CHUNK] = noisy
+        # Doubles of this size are multiples of `step`, so the addition rounds to the nearest.
+        noisy += anchor
+        np.subtract(noisy, anchor, out=released[start : start + _CHUNK], casting="same_kind")
     return released.reshape(np.shape(vector))
 
 
