@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from fedward.client.acceptance import NotAccepted, judge, keep_refusal
 from fedward.client.admission import check_policy
-from fedward.client.evaluation import evaluate_model
+from fedward.client.evaluation import evaluate_groups, evaluate_model
 from fedward.client.local_site import Admitted, LocalSite
 from fedward.client.outbox import Kept
 from fedward.client.plan import plan_site, training_plan
@@ -35,6 +35,7 @@ from fedward.privacy.mechanisms import add_noise
 from fedward.strategies.strategy import Vector
 from fedward.tasks.parameters import to_vector
 from fedward.tasks.registry import get_task
+from fedward.tasks.subgroups import groupings
 from fedward.tasks.task import Sums
 from fedward.transport.payload import Payload
 from fedward.transport.sums import clip_by_norm
@@ -49,12 +50,14 @@ def admit_study(site: LocalSite, request: Payload) -> Payload:
         AdmissionRefused: The policy says no.
         BudgetExceeded: The whole run does not fit. Nothing was recorded.
         DataError: The site's data cannot be read as the task needs them.
+        ConfigError: The study names a field that there is not.
     """
     study = build(request.record.get("study", {}), Study, file="study of the coordinator")
     if study.hash != request.record.get("hash"):
         raise UpdateRejected(site="coordinator", reason="the study does not have its hash")
     check_policy(site.site, study)
     task = get_task(study.study.task)
+    groupings(task.schema, study.evaluation.subgroups)
     size = to_vector(task.model(study.model.name, **study.model.args)).size
     site.examples(task, study)
     roster = site.roster() if study.aggregation.secure else None
@@ -211,7 +214,8 @@ def evaluate_release(site: LocalSite, request: Payload) -> Payload:
     """Metrics of a model on the held-out patients, as sums, and what the run has cost.
 
     Where the study is private, so are the sums: each held-out patient adds one to one cell of a
-    histogram, and Gaussian noise at the study's epsilon covers that. It is released once; asked
+    histogram, and to one more for each field with subgroups; Gaussian noise at the study's
+    epsilon covers that. It is released once; asked
     again, the site answers with the same.
 
     Raises:
@@ -221,12 +225,19 @@ def evaluate_release(site: LocalSite, request: Payload) -> Payload:
     study = admitted.study
     task, model = site.model(study, request.arrays.get("parameters"))
     forget(site, study)
-    _, held_out = site.examples(task, study)
-    exact = evaluate_model(task, model, held_out)
-    if study.privacy.mode == "none":
+    private = study.privacy.mode != "none"
+    groups = groupings(task.schema, study.evaluation.subgroups)
+    if groups:
+        _, table = site.tables(task, study)
+        exact = evaluate_groups(task, model, table, groups, private=private)
+    else:
+        _, held_out = site.examples(task, study)
+        exact = evaluate_model(task, model, held_out)
+        exact = task.private_metrics(exact) if private else exact
+    if not private:
         return Payload({"site": site.name, "privacy": {}}, dict(exact))
     asked = digest(request.arrays["parameters"].tobytes())
-    sums = _release_privately(site, admitted, task.private_metrics(exact), asked)
+    sums = _release_privately(site, admitted, exact, asked)
     return Payload({"site": site.name, "privacy": site.budget(admitted).statement()}, dict(sums))
 
 
@@ -327,7 +338,7 @@ def _release_privately(site: LocalSite, admitted: Admitted, exact: Sums, asked: 
         ) from error
     flat = np.concatenate([np.asarray(exact[name], np.float64).ravel() for name in shapes])
     source = site.source(admitted.study, "evaluation", asked)
-    noisy = add_noise(flat, std=budget.evaluation_noise, source=source)
+    noisy = add_noise(flat, std=budget.evaluation_std, source=source)
     kept.keep(Kept(1, asked, noisy))
     site.ledger.settle(reservation, update_digest=digest(noisy.tobytes()))
     budget.close()

@@ -1,5 +1,6 @@
 """What a study may cost here, and has: between the study, the plan and the ledger."""
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -42,6 +43,11 @@ class Budget:
         """Noise multiplier of the one release of metrics."""
         epsilon = self.study.privacy.epsilon or 0.0
         return calibrate_gaussian(epsilon=epsilon, delta=self.study.privacy.delta)
+
+    @property
+    def evaluation_std(self) -> float:
+        """Standard deviation on each count of metrics; subgroups are counted beside everybody."""
+        return self.evaluation_noise * math.sqrt(1 + len(self.study.evaluation.subgroups))
 
     def allot(self) -> None:
         """Ask the ledger for the whole run.

@@ -156,22 +156,19 @@ class LocalSite:
             DataError: The site's data cannot be read as the task needs them.
         """
         if study.hash not in self._examples:
-            training, held_out = self._tables(task, study)
+            training, held_out = self.tables(task, study)
             self._examples[study.hash] = (
                 task.prepare(training, None),
                 task.prepare(held_out, None),
             )
         return self._examples[study.hash]
 
-    def training_table(self, task: Task, study: Study) -> Table:
-        """The training patients in the schema's units, read again: the table is not kept.
+    def tables(self, task: Task, study: Study) -> tuple[Table, Table]:
+        """Training and held-out patients in the schema's units, read again: neither is kept.
 
         Raises:
             DataError: The site's data cannot be read as the task needs them.
         """
-        return self._tables(task, study)[0]
-
-    def _tables(self, task: Task, study: Study) -> tuple[Table, Table]:
         table = read_source(self.site, self.file, task)
         return split(table, held_out=self.site.data.held_out, key=self._split_key(study))
 

@@ -66,7 +66,7 @@ def count_histograms(
 ) -> NDArray[np.float64]:
     """The exact counts, which never leave a private study's site as they are."""
     task, model = site.model(study, parameters)
-    table = site.training_table(task, study)
+    table, _ = site.tables(task, study)
     if study.privacy.unit != "record" and study.privacy.mode != "none":
         table = table.take(reference.first_rows(table.patient_ids, most=monitor_records(study)))
     examples = task.prepare(table, None)

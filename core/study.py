@@ -140,15 +140,44 @@ class MonitorSection(Section):
     bins: int = Field(default=5, ge=2, le=50)
 
 
+class EvaluationSection(Section):
+    """`[evaluation]`: what is reported of the held-out patients beside the overall figures.
+
+    `subgroups` names fields: `{ sex = [], age = [50, 65] }`, a number with the values at which it
+    is cut. All come out of the one noised release of metrics, so each more makes it noisier.
+    """
+
+    subgroups: dict[str, Annotated[tuple[float, ...], Field(strict=False)]] = Field(
+        default_factory=dict
+    )
+
+
+class CardSection(Section):
+    """`[publish.card]`: what the model card says and no run can know. Empty is shown as such."""
+
+    developer: str = ""
+    contact: str = ""
+    stage: str = "research"
+    regulatory: str = ""
+    population: str = ""
+    risk_level: str = ""
+    bias: str = ""
+    maintenance: str = ""
+    funding: str = ""
+    consent: str = ""
+    references: str = ""
+
+
 class PublishSection(Section):
     """`[publish]`: where releases go, and who signs them.
 
     Both are paths relative to the study's file; `key` is an ECDSA P-256 private key in PEM. A
-    simulation without one makes its own.
+    simulation without one makes its own. `card` is what the model card cannot know by itself.
     """
 
     registry: str = "releases"
     key: str | None = None
+    card: CardSection = Field(default_factory=CardSection)
 
 
 class Dropout(Section):
@@ -239,6 +268,7 @@ class Study(Section):
     privacy: PrivacySection
     aggregation: AggregationSection = Field(default_factory=AggregationSection)
     monitor: MonitorSection | None = None
+    evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
     publish: PublishSection = Field(default_factory=PublishSection)
     simulation: SimulationSection = Field(default_factory=SimulationSection)
 
@@ -317,6 +347,8 @@ class Study(Section):
         agreed = self.model_dump(mode="json", exclude={"simulation", "publish"})
         if self.monitor is None:
             del agreed["monitor"]  # as studies were hashed before there was one
+        if not self.evaluation.subgroups:
+            del agreed["evaluation"]
         return agreed
 
 

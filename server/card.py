@@ -1,36 +1,26 @@
 """The model card: what a hospital reads before it lets a model near a patient.
 
 `card.json` for machines and `card.html` for people. The sections follow the CHAI Applied Model
-Card (2025) and the Model Facts label of Sendak et al., npj Digital Medicine 3:41 (2020).
+Card (2025) and the Model Facts label of Sendak et al., npj Digital Medicine 3:41 (2020). What a run
+cannot know comes from the study's `[publish.card]`; where that is empty, the card says so.
 """
 
+import math
 from collections.abc import Mapping
-from html import escape
+from datetime import UTC, datetime
 from typing import Any
 
 from fedward.core.fields import ModelSignature
 
 # Below this many examples a figure says more of patients than of the model.
 SMALLEST_CELL = 20
-_STYLE = """
-:root{color-scheme:light;--ink:#1c2733;--soft:#5b6875;--line:#dfe5ea;--accent:#0b6e69}
-*{box-sizing:border-box}
-body{margin:0;background:#f4f6f8;color:var(--ink);font:16px/1.5 system-ui,sans-serif}
-main{max-width:60rem;margin:2rem auto;padding:0 1rem}
-header,section{background:#fff;border:1px solid var(--line);border-radius:10px;
-padding:1.2rem 1.6rem;margin-bottom:1rem}
-h1{margin:0;font-size:1.7rem}h2{margin:0 0 .6rem;font-size:1.1rem;color:var(--accent)}
-p{margin:.4rem 0}.soft{color:var(--soft)}
-.promise{border-left:6px solid var(--accent)}.none{border-left:6px solid #b3261e}
-table{border-collapse:collapse;width:100%;font-size:.93rem}
-th,td{text-align:left;padding:.35rem .6rem;border-bottom:1px solid var(--line);vertical-align:top}
-th{color:var(--soft);font-weight:600}td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}
-.bar{display:block;background:#e3ebeb;border-radius:4px;height:.6rem;width:9rem;margin-top:.45rem}
-.bar i{display:block;background:var(--accent);border-radius:4px;height:100%}
-dl{display:grid;grid-template-columns:12rem 1fr;gap:.3rem 1rem;margin:0}
-dt{color:var(--soft)}dd{margin:0;overflow-wrap:anywhere}ul{margin:.3rem 0;padding-left:1.2rem}
-@media(max-width:40rem){dl{grid-template-columns:1fr}}
-"""
+_CELLS = 40  # of the histogram behind a row of figures
+NOT_STATED = "not stated by the publisher"
+_HOW = (
+    "Served by the hospital's own adapter: enter the fields under Inputs, or send FHIR by CDS "
+    "Hooks. It answers with a probability, what was missing, and on request each value's "
+    "contribution. Read it beside the patient; record an outcome so that calibration is watched."
+)
 
 
 def card_json(
@@ -40,18 +30,44 @@ def card_json(
     metrics: Mapping[str, Any],
     training: Mapping[str, Any],
     monitor: Mapping[str, Any] | None = None,
+    about: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """The card as JSON values. Figures over fewer than 20 examples are left out, and said so."""
+    """The card as JSON values. Figures over fewer than 20 examples are left out, and said so.
+
+    Args:
+        signature: The model's interface.
+        statement: `privacy.json`.
+        metrics: As in a run's `metrics.json`, with `calibration` and `subgroups` if there are any.
+        training: `training.json`.
+        monitor: `monitor.json`, if there is one.
+        about: The study's `[publish.card]`; what is missing or empty is not stated.
+    """
+    said = {name: text.strip() or NOT_STATED for name, text in (about or {}).items()}
+
+    def stated(name: str) -> str:
+        return said.get(name, NOT_STATED)
+
     return {
         "name": signature.model,
         "version": signature.version,
         "task": signature.task,
         "outcome": signature.outcome,
+        "developer": {"name": stated("developer"), "contact": stated("contact")},
+        "release": {
+            "date": datetime.now(UTC).date().isoformat(),
+            "stage": stated("stage"),
+            "regulatory": stated("regulatory"),
+        },
+        "summary": f"A {_model_type(training)} that gives the probability of {signature.outcome} "
+        f"from {len(signature.fields)} clinical fields, trained across "
+        f"{_how_many(training.get('sites', ()))} without moving their patients' records.",
         "intended_use": {
             "use": f"Gives a clinician the probability of: {signature.outcome}. The clinician "
             "decides; nothing is ordered or changed by this model.",
             "users": "Clinicians at hospitals that have accepted this release on their own "
             "patients.",
+            "population": stated("population"),
+            "how": _HOW,
             "out_of_scope": [
                 "patients outside the ranges under Inputs",
                 "decisions without a clinician",
@@ -63,7 +79,30 @@ def card_json(
             "It states associations in past data; a contribution is not a cause.",
             "Missing values are allowed and make an answer less certain; the answer names them.",
         ],
-        "evaluation": _evaluation(metrics),
+        "warnings": {
+            "risk_level": stated("risk_level"),
+            "bias": stated("bias"),
+            "subgroups": "see Subgroups for how it does on each; where none are shown, it was "
+            "not examined",
+        },
+        "facts": {
+            "output": ", ".join(signature.outputs) + ", between 0 and 1",
+            "model_type": _model_type(training),
+            "foundation_model": "none",
+            "input_source": "fields of the patient's record, under Inputs",
+            "time_of_prediction": "when asked; nothing is predicted in the background",
+            "development_data": "held-out and training patients of the sites under Training, each "
+            "divided by a keyed hash of the patient",
+            "bias_mitigation": "none in training; subgroups are reported where the study asks",
+            "maintenance": stated("maintenance"),
+            "security": "signed release, verified by each hospital before it is served; keys and "
+            "an audit log at the adapter",
+            "transparency": "privacy.json, training.json and bom.cdx.json in this release",
+            "funding": stated("funding"),
+            "consent": stated("consent"),
+            "references": stated("references"),
+        },
+        "evaluation": _evaluation(metrics, exact=statement.get("mode") == "none"),
         "monitoring": _monitoring(monitor),
         "privacy": {
             key: statement[key]
@@ -75,6 +114,15 @@ def card_json(
             if key in training
         },
     }
+
+
+def _model_type(training: Mapping[str, Any]) -> str:
+    model = (training.get("agreed") or {}).get("model") or {}
+    return f"{model['name']} model" if model.get("name") else "model"
+
+
+def _how_many(sites: Any) -> str:
+    return f"{len(sites)} site{'' if len(sites) == 1 else 's'}"
 
 
 def _monitoring(monitor: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -92,7 +140,7 @@ def _monitoring(monitor: Mapping[str, Any] | None) -> dict[str, Any]:
     }
 
 
-def _evaluation(metrics: Mapping[str, Any]) -> dict[str, Any]:
+def _evaluation(metrics: Mapping[str, Any], *, exact: bool) -> dict[str, Any]:
     sites: dict[str, Any] = {}
     hidden: list[str] = []
     for name, values in dict(metrics.get("sites") or {}).items():
@@ -101,6 +149,9 @@ def _evaluation(metrics: Mapping[str, Any]) -> dict[str, Any]:
         else:
             sites[name] = dict(values)
     worst = metrics.get("worst") or {}
+    noise = float(metrics.get("noise_std", 0.0))
+    # A group's size is the sum of its noised cells; below twice that noise it is no group.
+    smallest = max(SMALLEST_CELL, 2 * noise * math.sqrt(_CELLS))
     return {
         "on": "held-out patients of each site",
         "pooled": dict(metrics.get("pooled") or {}),
@@ -108,103 +159,35 @@ def _evaluation(metrics: Mapping[str, Any]) -> dict[str, Any]:
         # The worst site's figure would betray a hidden one.
         "worst": {} if worst.get("site") in hidden else dict(worst),
         "sites": sites,
+        "calibration": _calibration(metrics.get("calibration")),
+        "subgroups": {
+            field: _groups(groups, smallest=smallest, exact=exact)
+            for field, groups in dict(metrics.get("subgroups") or {}).items()
+        },
+        "noise_std": noise,
         "suppressed": {"sites": hidden, "because": f"fewer than {SMALLEST_CELL} examples"},
     }
 
 
-def card_html(card: Mapping[str, Any], signature: ModelSignature) -> str:
-    """The card as one page that asks nothing of a network."""
-    privacy = card["privacy"]
-    mood = "promise" if privacy["private"] else "none"
-    title = f"{escape(card['name'])}, version {card['version']}"
-    use = card["intended_use"]
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
-<meta name="viewport" content="width=device-width,initial-scale=1"><style>{_STYLE}</style></head>
-<body><main>
-<header><h1>{title}</h1><p class="soft">Model card. Probability of: {escape(card["outcome"])}.</p>
-</header>
-<section class="{mood}"><h2>Privacy</h2><p><strong>{escape(privacy["statement"])}</strong></p>
-<p>Mechanism: {escape(privacy["mechanism"])}.</p>
-<p class="soft">Not covered: {escape("; ".join(privacy["not_covered"]))}.</p></section>
-<section><h2>Intended use</h2><p>{escape(use["use"])}</p><p>{escape(use["users"])}</p>
-<p>Not for: {escape("; ".join(use["out_of_scope"]))}.</p></section>
-<section><h2>How well it did</h2>{_evaluation_html(card["evaluation"])}</section>
-<section><h2>Watching it</h2><p>{escape(card["monitoring"]["drift"].capitalize())}.</p>
-{_facts(card["monitoring"]["reference"] or {})}</section>
-<section><h2>Limits</h2>{_list(card["limits"])}</section>
-<section><h2>Inputs</h2>{_inputs(signature)}</section>
-<section><h2>Training</h2>{_facts(card["training"])}</section>
-</main></body></html>
-"""
+def _calibration(found: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Reliability bins, without those of few patients; ECE is over all of them."""
+    if not found or "ece" not in found:
+        return {}
+    shown = [dict(one) for one in found["bins"] if one["num_examples"] >= SMALLEST_CELL]
+    return {"ece": found["ece"], "bins": shown, "not_shown": len(found["bins"]) - len(shown)}
 
 
-def _evaluation_html(evaluation: Mapping[str, Any]) -> str:
-    rows = [("All sites, pooled", evaluation["pooled"]), ("Mean of sites", evaluation["mean"])]
-    rows += sorted(evaluation["sites"].items())
-    rows = [(name, values) for name, values in rows if values]
-    if not rows:
-        return "<p>No evaluation was recorded.</p>"
-    body = "".join(
-        f"<tr><td>{escape(name)}</td>{_score(values.get('auroc'))}"
-        f"{_figure(values.get('accuracy'))}{_count(values.get('num_examples'))}</tr>"
-        for name, values in rows
-    )
-    hidden = evaluation["suppressed"]
-    note = ""
-    if hidden["sites"]:
-        note = f" Not shown ({escape(hidden['because'])}): {escape(', '.join(hidden['sites']))}."
-    return (
-        "<table><thead><tr><th></th><th class='n'>AUROC</th><th></th><th class='n'>Accuracy</th>"
-        f"<th class='n'>Patients held out</th></tr></thead><tbody>{body}</tbody></table>"
-        f'<p class="soft">Measured on {escape(evaluation["on"])}.{note}</p>'
-    )
-
-
-def _score(value: float | None) -> str:
-    if value is None:
-        return "<td></td><td></td>"
-    width = max(0.0, min(1.0, value)) * 100
-    bar = f'<span class="bar"><i style="width:{width:.0f}%"></i></span>'
-    return f'<td class="n">{value:.3f}</td><td>{bar}</td>'
-
-
-def _figure(value: float | None) -> str:
-    return f'<td class="n">{"" if value is None else f"{value:.3f}"}</td>'
-
-
-def _count(value: float | None) -> str:
-    return f'<td class="n">{"" if value is None else f"{value:.0f}"}</td>'
-
-
-def _list(items: list[str]) -> str:
-    return "<ul>" + "".join(f"<li>{escape(item)}</li>" for item in items) + "</ul>"
-
-
-def _inputs(signature: ModelSignature) -> str:
-    body = "".join(
-        f"<tr><td><code>{escape(field.name)}</code></td><td>{escape(field.title)}</td>"
-        f"<td>{escape(field.allowed())}</td><td>{escape(', '.join(field.units))}</td>"
-        f"<td>{escape(field.loinc or '')}</td></tr>"
-        for field in signature.fields
-    )
-    return (
-        "<table><thead><tr><th>Field</th><th>Meaning</th><th>Allowed</th><th>Also in</th>"
-        f"<th>LOINC</th></tr></thead><tbody>{body}</tbody></table>"
-    )
-
-
-def _facts(training: Mapping[str, Any]) -> str:
-    rows = "".join(
-        f"<dt>{escape(key.replace('_', ' '))}</dt><dd>{escape(_plain(value))}</dd>"
-        for key, value in training.items()
-    )
-    return f"<dl>{rows}</dl>"
-
-
-def _plain(value: object) -> str:
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_plain(inner)}" for key, inner in value.items())
-    if isinstance(value, (list, tuple)):
-        return ", ".join(_plain(inner) for inner in value)
-    return str(value)
+def _groups(
+    groups: Mapping[str, Mapping[str, float]], *, smallest: float, exact: bool
+) -> dict[str, Any]:
+    """A field's groups; those of few patients by name alone."""
+    sizes = {name: values.get("num_examples", 0.0) for name, values in groups.items()}
+    hidden = {name for name, count in sizes.items() if count < smallest}
+    if exact and len(hidden) == 1 and len(groups) > 1:
+        # One hidden group is what is left of the whole: a second one has to go with it.
+        hidden.add(min(set(sizes) - hidden, key=lambda name: sizes[name]))
+    return {
+        "groups": {name: dict(v) for name, v in groups.items() if name not in hidden},
+        "suppressed": sorted(hidden),
+        "because": f"fewer than {smallest:.0f} patients, or it would give those away",
+    }

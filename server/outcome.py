@@ -1,5 +1,6 @@
 """How a run ends: evaluation at the sites, the privacy statement, the release."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from fedward.core.errors import ConfigError, UpdateRejected
 from fedward.core.identity import Identity
 from fedward.core.run import RunDirectory
 from fedward.core.study import Study
+from fedward.privacy.accounting import calibrate_gaussian
 from fedward.privacy.secagg import least_threshold
 from fedward.server.channel import Reply
 from fedward.server.execution import Execution
@@ -21,6 +23,7 @@ from fedward.server.publisher import publish
 from fedward.server.registry import Registry
 from fedward.server.statement import privacy_statement
 from fedward.strategies.strategy import Vector
+from fedward.tasks.subgroups import groupings, of_everybody, of_group, with_groups
 from fedward.tasks.task import Sums, Task, add_sums
 from fedward.transport.monitor import monitor_mechanism
 from fedward.transport.payload import Payload
@@ -53,13 +56,16 @@ def collect_outcome(execution: Execution, parameters: Vector) -> Outcome:
     for member, reply in execution.ask_all("evaluate.metrics", request, round_number=after_last):
         try:
             payload = _read_reply(member, reply)
-            sums[member.site] = _read_sums(member, payload, execution.task, private=private)
+            sums[member.site] = _read_sums(member, payload, execution.task, study)
             statements[member.site] = payload.record["privacy"]
         except (UpdateRejected, KeyError) as error:
             run.event("not evaluated", site=member.site, reason=str(error))
             continue
         run.event("evaluated", site=member.site)
-    metrics = summarise_sites(execution.task, sums, private=private)
+    metrics = summarise_sites(
+        execution.task, {site: of_everybody(part) for site, part in sums.items()}, private=private
+    )
+    metrics |= _across_sites(study, execution.task, sums)
     statement = _statement(
         study,
         execution.members,
@@ -193,14 +199,42 @@ def _read_reply(member: Member, reply: Reply) -> Payload:
     return reply.payload
 
 
-def _read_sums(member: Member, payload: Payload, task: Task, *, private: bool) -> Sums:
+def _read_sums(member: Member, payload: Payload, task: Task, study: Study) -> Sums:
     nobody = task.metrics(torch.zeros(0, 1), torch.zeros(0))
-    expected = task.private_metrics(nobody) if private else nobody
+    one = task.private_metrics(nobody) if study.privacy.mode != "none" else nobody
+    groups = groupings(task.schema, study.evaluation.subgroups)
+    expected = with_groups(one, {(g.field, i): one for g in groups for i in range(len(g.labels))})
     shapes = {name: np.shape(array) for name, array in expected.items()}
     given = {name: array.shape for name, array in payload.arrays.items()}
     if given != shapes or not all(np.isfinite(a).all() for a in payload.arrays.values()):
         raise UpdateRejected(site=member.site, reason="its metrics have another form")
     return {name: array.astype(np.float64) for name, array in payload.arrays.items()}
+
+
+def _across_sites(study: Study, task: Task, sums: Mapping[str, Sums]) -> dict[str, Any]:
+    """Calibration of everybody, and metrics of subgroups: of all sites together."""
+    if not sums:
+        return {}
+    private = study.privacy.mode != "none"
+    total = add_sums(sums.values())
+    everybody = of_everybody(total)
+    coarse = everybody if private else task.private_metrics(everybody)
+    summarise = task.summarise_private if private else task.summarise
+    std = 0.0
+    if private:
+        one = calibrate_gaussian(epsilon=study.privacy.epsilon or 0.0, delta=study.privacy.delta)
+        std = one * math.sqrt((1 + len(study.evaluation.subgroups)) * len(sums))
+    found: dict[str, Any] = {"calibration": task.calibration(coarse), "noise_std": std}
+    groups = groupings(task.schema, study.evaluation.subgroups)
+    if groups:
+        found["subgroups"] = {
+            group.field: {
+                label: summarise(of_group(total, group.field, number))
+                for number, label in enumerate(group.labels)
+            }
+            for group in groups
+        }
+    return found
 
 
 def adversaries(study: Study, *, sites: int, size: int) -> list[dict[str, Any]]:

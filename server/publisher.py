@@ -14,7 +14,8 @@ from fedward.core.fields import Field, ModelSignature
 from fedward.core.identity import Identity
 from fedward.core.study import Study
 from fedward.server.bom import bill_of_materials
-from fedward.server.card import card_html, card_json
+from fedward.server.card import card_json
+from fedward.server.card_html import card_html
 from fedward.server.registry import Registry
 from fedward.server.statement import privacy_statement
 from fedward.server.units import conversions
@@ -99,7 +100,12 @@ def publish(
             fields=tuple(_field(field) for field in task.schema.features),
         )
         card = card_json(
-            signature, statement=statement, metrics=metrics, training=facts, monitor=monitor
+            signature,
+            statement=statement,
+            metrics=metrics,
+            training=facts,
+            monitor=monitor,
+            about=study.publish.card.model_dump(),
         )
         watched = {} if monitor is None else {"monitor.json": _pretty(dict(monitor))}
         files = {

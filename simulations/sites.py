@@ -154,9 +154,9 @@ class PartitionSite(MemorySite):
     def _clean_examples(self, task: Task, study: Study) -> tuple[Examples, Examples]:
         return self._shared.examples(task, study, self)
 
-    def training_table(self, task: Task, study: Study) -> Table:
+    def tables(self, task: Task, study: Study) -> tuple[Table, Table]:
         """As a site's, of the pooled data."""
-        return self._shared.training_table(task, study, self)
+        return self._shared.tables(task, study, self)
 
 
 class MemoryOutbox:
@@ -219,10 +219,11 @@ class Shared:
         here = side[rows]
         return prepared.take(rows[~here]), prepared.take(rows[here])
 
-    def training_table(self, task: Task, study: Study, site: LocalSite) -> Table:
-        """A site's training patients, from the pooled data."""
+    def tables(self, task: Task, study: Study, site: LocalSite) -> tuple[Table, Table]:
+        """A site's training and held-out patients, from the pooled data."""
         table, _, side, rows = self._pooled(task, study, site)
-        return table.take(rows[~side[rows]])
+        here = side[rows]
+        return table.take(rows[~here]), table.take(rows[here])
 
     def _pooled(
         self, task: Task, study: Study, site: LocalSite

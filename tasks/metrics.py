@@ -5,9 +5,12 @@ patients' probabilities: send it through the secure sum, or with noise, wherever
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from fedward.tasks.reference import nearest_shares
 
 # Bins of equal width in log-odds, not in probability: rare outcomes crowd near 0, and a
 # difference from .001 to .002 ranks patients as much as one from .3 to .46.
@@ -109,15 +112,14 @@ def coarse_histogram(sums: Mapping[str, NDArray[np.float64]]) -> dict[str, NDArr
 def summarise_coarse(sums: Mapping[str, NDArray[np.float64]]) -> dict[str, float]:
     """Metrics of a `coarse_histogram`, which may carry noise.
 
-    Negative cells count as empty. Returns what `summarise_binary` does, less `log_loss`; accuracy
+    Negative cells become empty, and the others less by as much, so that the number of examples
+    stays what was counted. Returns what `summarise_binary` does, less `log_loss`; accuracy
     and Brier score are as if every example lay in the middle of its cell.
 
     Raises:
         ValueError: The histogram does not have its shape.
     """
-    histogram = np.maximum(np.asarray(sums["histogram"], dtype=np.float64), 0.0)
-    if histogram.shape != (2, _COARSE_BINS):
-        raise ValueError(f"histogram has shape {histogram.shape}, not {(2, _COARSE_BINS)}")
+    histogram = _without_negative(np.asarray(sums["histogram"], dtype=np.float64))
     total = float(histogram.sum())
     summary = {"num_examples": total}
     if total > 0:
@@ -132,6 +134,58 @@ def summarise_coarse(sums: Mapping[str, NDArray[np.float64]]) -> dict[str, float
         }
     auroc = _auroc(histogram)
     return summary if auroc is None else summary | {"auroc": auroc}
+
+
+def calibration_of(sums: Mapping[str, NDArray[np.float64]]) -> dict[str, Any]:
+    """Calibration of a `coarse_histogram`, which may carry noise.
+
+    Returns:
+        `bins`: ten, each with `low`, `high`, `num_examples`, and where there are any `predicted`
+        (their mean probability, as if each lay in the middle of its cell) and `observed` (the
+        share with the outcome); and `ece`, the mean of the distance of the two weighted by
+        examples (expected calibration error; Naeini et al., AAAI 2015), if there are any at all.
+
+    Raises:
+        ValueError: The histogram does not have its shape.
+    """
+    histogram = _without_negative(np.asarray(sums["histogram"], dtype=np.float64))
+    middles = (np.arange(_COARSE_BINS) + 0.5) / _COARSE_BINS
+    pairs = histogram.reshape(2, -1, 2)
+    middles_of_pairs = middles.reshape(-1, 2)
+    bins: list[dict[str, float]] = []
+    distance = 0.0
+    for number, chances in enumerate(middles_of_pairs):
+        cells = pairs[:, number]
+        count = float(cells.sum())
+        edges = {
+            "low": number / len(middles_of_pairs),
+            "high": (number + 1) / len(middles_of_pairs),
+        }
+        entry = {**edges, "num_examples": count}
+        if count > 0:
+            predicted = float((cells.sum(axis=0) * chances).sum() / count)
+            observed = float(cells[1].sum() / count)
+            entry |= {"predicted": predicted, "observed": observed}
+            distance += count * abs(predicted - observed)
+        bins.append(entry)
+    total = float(histogram.sum())
+    return {"bins": bins, "ece": distance / total} if total > 0 else {"bins": bins}
+
+
+def _without_negative(histogram: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The nearest histogram of the same total without negative cells.
+
+    To cut them at zero instead would add noise's positive half: to forty cells, more than a
+    small group has patients.
+    """
+    if histogram.shape != (2, _COARSE_BINS):
+        raise ValueError(f"histogram has shape {histogram.shape}, not {(2, _COARSE_BINS)}")
+    total = float(histogram.sum())
+    if total <= 0:
+        return np.zeros_like(histogram)
+    if (histogram >= 0).all():
+        return histogram
+    return (nearest_shares(histogram.ravel() / total) * total).reshape(histogram.shape)
 
 
 def _bin_chances() -> NDArray[np.float64]:

@@ -15,7 +15,8 @@ _TASKS = {
 }
 _MEMBERS = (
     "name", "schema", "models", "statistics", "fit", "prepare", "model", "loss", "probabilities",
-    "metrics", "summarise", "private_metrics", "summarise_private", "export_onnx",
+    "metrics", "summarise", "private_metrics", "summarise_private",
+    "calibration", "export_onnx",
 )  # fmt: skip
 
 

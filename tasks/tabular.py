@@ -6,7 +6,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedward.tasks import models, preparation
-from fedward.tasks.metrics import binary_sums, coarse_histogram, summarise_binary, summarise_coarse
+from fedward.tasks.metrics import (
+    binary_sums,
+    calibration_of,
+    coarse_histogram,
+    summarise_binary,
+    summarise_coarse,
+)
 from fedward.tasks.schema import Schema
 from fedward.tasks.task import Examples, Fitted, Sums, Table
 
@@ -93,6 +99,10 @@ class BinaryTabularTask:
     def summarise_private(self, sums: Sums) -> dict[str, float]:
         """See `metrics.summarise_coarse`."""
         return summarise_coarse(sums)
+
+    def calibration(self, sums: Sums) -> dict[str, Any]:
+        """See `metrics.calibration_of`."""
+        return calibration_of(sums)
 
     def export_onnx(self, model: "nn.Module", fitted: Fitted | None) -> bytes:
         """See `Task.export_onnx`."""

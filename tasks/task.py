@@ -146,6 +146,10 @@ class Task(Protocol):
         """As `summarise`, of `private_metrics` with noise on them."""
         ...
 
+    def calibration(self, sums: Sums) -> dict[str, Any]:
+        """Of `private_metrics`: `bins` with predicted and observed, and `ece`; JSON values."""
+        ...
+
     def export_onnx(self, model: "nn.Module", fitted: Fitted | None) -> bytes:
         """An ONNX model from raw clinical values to probabilities, preparation inside.
 

@@ -13,7 +13,8 @@ from safetensors.numpy import save
 from fedward.core.arrays import write_golden
 from fedward.core.fields import Field, ModelSignature
 from fedward.core.identity import Identity
-from fedward.server.card import card_html, card_json
+from fedward.server.card import card_json
+from fedward.server.card_html import card_html
 from fedward.server.registry import Registry
 from fedward.server.statement import privacy_statement
 
