@@ -1,8 +1,8 @@
 """`python -m fedward.serving`: the adapter alone, for a machine without the rest.
 
 `--store DIR` serves; `keys add|revoke|list --store DIR` looks after who may ask; `approve` and
-`decline --store DIR --by NAME MODEL VERSION` decide on what waits; `log verify --store DIR` checks
-the audit log.
+`decline --store DIR --by NAME MODEL VERSION` decide on what waits; `promote`, with the same words,
+ends a candidate's stages; `log verify --store DIR` checks the audit log.
 """
 
 import argparse
@@ -14,6 +14,7 @@ from fedward.core.errors import FedwardError
 from fedward.serving.audit import verify_log
 from fedward.serving.gate import Role, add_key, read_keys, revoke_key
 from fedward.serving.server import Options, serve
+from fedward.serving.staging import Limits
 from fedward.serving.store import Store
 
 _PROGRAM = "python -m fedward.serving"
@@ -31,7 +32,7 @@ def main(arguments: list[str] | None = None, *, program: str = _PROGRAM) -> int:
                 _keys(words[1:], program)
             case ["log"]:
                 _log(words[1:], program)
-            case ["approve" | "decline"]:
+            case ["approve" | "decline" | "promote"]:
                 _decide(words, program)
             case _:
                 _serve(words, program)
@@ -55,6 +56,8 @@ def _serve(words: list[str], program: str) -> None:
     parser.add_argument("--registry", type=Path, help="a registry to follow for newer releases")
     parser.add_argument("--root", type=Path, help="the registry's pinned root of trust")
     parser.add_argument("--fetch-every", type=float, default=60.0, help="seconds between looks")
+    for name, kind, about in _STAGES:
+        parser.add_argument(f"--{name}", type=kind, help=about)
     chosen = parser.parse_args(words)
     options = Options(
         ready_file=chosen.ready_file,
@@ -67,7 +70,25 @@ def _serve(words: list[str], program: str) -> None:
         root=chosen.root,
         fetch_every=chosen.fetch_every,
     )
-    serve(Store(chosen.store), chosen.host, chosen.port, options=options)
+    serve(Store(chosen.store, limits=_limits(chosen)), chosen.host, chosen.port, options=options)
+
+
+_STAGES: tuple[tuple[str, type, str], ...] = (
+    ("shadow", int, "rows that a new release answers for nobody first; default 0"),
+    ("canary", int, "rows that it then answers for a share of callers; default 0"),
+    ("share", float, "of the requests that a canary answers; default 0.1"),
+    ("tolerance", float, "difference of a probability that is a disagreement; default 0.1"),
+    ("max-disagreement", float, "share of rows that may disagree; default 0.1"),
+    ("max-slowdown", float, "times the serving version's median time; default 3"),
+    ("max-errors", int, "requests on which it may fail; default 0"),
+)
+
+
+def _limits(chosen: argparse.Namespace) -> Limits | None:
+    """The stages that were asked for; None if the store's policy says."""
+    names = [name.replace("-", "_") for name, _, _ in _STAGES]
+    given = {name: getattr(chosen, name) for name in names if getattr(chosen, name) is not None}
+    return Limits(**given) if given else None
 
 
 def _keys(words: list[str], program: str) -> None:
@@ -99,13 +120,18 @@ def _log(words: list[str], program: str) -> None:
 
 def _decide(words: list[str], program: str) -> None:
     parser = argparse.ArgumentParser(prog=program)
-    parser.add_argument("do", choices=("approve", "decline"))
+    parser.add_argument("do", choices=("approve", "decline", "promote"))
     _store_option(parser)
     parser.add_argument("--by", required=True, help="your name; it is kept")
     parser.add_argument("model")
     parser.add_argument("version", type=int)
     chosen = parser.parse_args(words)
     store = Store(chosen.store)
+    if chosen.do == "promote":
+        if not chosen.by.strip():
+            raise ValueError("a promotion needs a name")
+        store.advance(chosen.model, chosen.version, by=chosen.by)
+        return
     store.decide(chosen.model, chosen.version, by=chosen.by, approve=chosen.do == "approve")
 
 

@@ -1,6 +1,7 @@
 """Waiting for a person: where a hospital's policy asks for it, no release serves unapproved.
 
-`STORE/policy.json` is the hospital's own: `{"approval": true}`. What waits is verified and kept
+`STORE/policy.json` is the hospital's own: `{"approval": true}`, and `rollout` as `staging` has it.
+What waits is verified and kept
 already, so that approval takes effect at once.
 """
 
@@ -11,6 +12,7 @@ from pathlib import Path
 
 from fedward.core.errors import ReleaseRejected
 from fedward.core.files import write_atomic
+from fedward.serving.staging import Limits, policy_limits
 
 _POLICY, _WAITING, _DECISIONS = "policy.json", "waiting.json", "approvals.jsonl"
 
@@ -36,17 +38,29 @@ def needs_approval(store: Path) -> bool:
     Raises:
         ReleaseRejected: The policy cannot be read: then nothing new is served.
     """
+    return _policy(store)[0]
+
+
+def rollout_limits(store: Path) -> Limits | None:
+    """By which stages the hospital's policy brings a release into service. Raises likewise."""
+    return _policy(store)[1]
+
+
+def _policy(store: Path) -> tuple[bool, Limits | None]:
     try:
         policy = json.loads((store / _POLICY).read_bytes())
     except FileNotFoundError:
-        return False
+        return False, None
     except (ValueError, OSError):
         policy = None
     if not isinstance(policy, dict) or not isinstance(policy.get("approval"), bool):
         raise ReleaseRejected(
             release=str(store / _POLICY), reason='must be {"approval": true} or {"approval": false}'
         )
-    return bool(policy["approval"])
+    try:
+        return policy["approval"], policy_limits(policy)
+    except (ValueError, TypeError) as error:
+        raise ReleaseRejected(release=str(store / _POLICY), reason=str(error)) from error
 
 
 def waiting(store: Path) -> dict[str, Waiting]:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +13,7 @@ from fedward.serving.engine import Engine
 from fedward.serving.explain import reference_input
 from fedward.serving.guard import Guard
 from fedward.serving.problems import Problem
+from fedward.serving.trial import Trial
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +25,7 @@ class Live:
     privacy: str
     drift: DriftMonitor
     reference: NDArray[np.float32]
+    trial: Trial | None = None
 
     @property
     def signature(self) -> ModelSignature:
@@ -33,7 +35,9 @@ class Live:
     def predict(self, inputs: NDArray[np.float32]) -> NDArray[np.float32]:
         """Guarded probabilities, shape `(n, outputs)`. Raises `Problem`."""
         self.guard.check(inputs)
-        return self.engine.predict(inputs)
+        if self.trial is None:
+            return self.engine.predict(inputs)
+        return self.trial.predict(self.engine, inputs)
 
 
 class Catalogue:
@@ -41,15 +45,53 @@ class Catalogue:
 
     def __init__(self, engines: Iterable[Engine]) -> None:
         self._live: dict[str, Live] = {}
+        self._canaries: dict[str, Live] = {}
         for engine in engines:
             self.promote(engine)
 
     def promote(self, engine: Engine) -> Live:
         """Serve `engine` under its model's name from the next request on."""
+        name = engine.signature.model
+        self.end_trial(name)
         live = _live(engine)
         # A new dict, so that no reader ever sees one that changes under it.
-        self._live = {**self._live, engine.signature.model: live}
+        self._live = {**self._live, name: live}
         return live
+
+    def begin_trial(self, trial: Trial) -> None:
+        """Watch a candidate beside what is served; if it is a canary, it gets its requests."""
+        name = trial.new.signature.model
+        self.end_trial(name)
+        serving = replace(self._live[name], trial=trial)
+        self._canaries = {**self._canaries, name: replace(_live(trial.new), trial=trial)}
+        self._live = {**self._live, name: serving}
+
+    def end_trial(self, name: str) -> None:
+        """Let a candidate go, if there is one: what is served goes on alone."""
+        self._canaries = {n: live for n, live in self._canaries.items() if n != name}
+        served = self._live.get(name)
+        if served is not None and served.trial is not None:
+            served.trial.close()
+            self._live = {**self._live, name: replace(served, trial=None)}
+
+    def trial(self, name: str) -> Trial | None:
+        """The trial that a model is in, if it is in one."""
+        live = self._live.get(name)
+        return None if live is None else live.trial
+
+    def choose(
+        self, name: str | None, version: str | None, headers: Iterable[tuple[bytes, bytes]]
+    ) -> Live:
+        """What answers a request: what is served, or its canary. Raises as `get`."""
+        if not self._canaries:
+            return self.get(name, version)
+        canary = self._canaries.get(next(iter(self._live)) if name is None else name)
+        if canary is None or canary.trial is None or (name is None and len(self._live) > 1):
+            return self.get(name, version)
+        if version is not None:
+            asked = version == str(canary.signature.version) and canary.trial.stage == "canary"
+            return canary if asked else self.get(name, version)
+        return canary if canary.trial.takes(headers) else self.get(name)
 
     def names(self) -> tuple[str, ...]:
         """Names of the models served."""

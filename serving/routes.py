@@ -47,6 +47,12 @@ class Request:
         version = self.parts[1] if len(self.parts) > 1 else None
         return self.service.catalogue.get(self.parts[0], version)
 
+    @property
+    def chosen(self) -> Live:
+        """As `live`, or its canary if the request is one of the canary's."""
+        version = self.parts[1] if len(self.parts) > 1 else None
+        return self.service.catalogue.choose(self.parts[0], version, self.scope["headers"])
+
     async def body(self) -> bytes:
         """The body. Raises `Problem`."""
         return await read_body(self.scope, self.receive)
@@ -75,7 +81,7 @@ class Route:
 
 
 async def _infer(request: Request) -> Answer:
-    live = request.live
+    live = request.chosen
     body = await request.body()
     length = header(request.scope, b"inference-header-content-length")
     asked = oip.parse_infer(body, length)
@@ -93,21 +99,21 @@ async def _infer(request: Request) -> Answer:
 
 
 async def _predict(request: Request) -> Answer:
-    live = request.live
+    live = request.chosen
     values = parse_json(await request.body())
     answer = await request.service.answer_patient(live, values, caller=request.caller)
     return answer_json(answer)
 
 
 async def _explain(request: Request) -> Answer:
-    live = request.live
+    live = request.chosen
     values = parse_json(await request.body())
     answer = await request.service.explain_patient(live, values, caller=request.caller)
     return answer_json(answer)
 
 
 async def _v1_predict(request: Request) -> Answer:
-    live = request.live
+    live = request.chosen
     inputs = parse_instances(live, parse_json(await request.body()))
     outputs = await request.service.predict(live, inputs, caller=request.caller, action="infer")
     rows = outputs[:, 0] if outputs.shape[1] == 1 else outputs
@@ -115,7 +121,7 @@ async def _v1_predict(request: Request) -> Answer:
 
 
 async def _v1_explain(request: Request) -> Answer:
-    live = request.live
+    live = request.chosen
     inputs = parse_instances(live, parse_json(await request.body()))
     if len(inputs) > _MOST_EXPLAINED:
         raise Problem(413, f"at most {_MOST_EXPLAINED} instances are explained in one request")
@@ -192,7 +198,7 @@ async def _cds_services(request: Request) -> Answer:
 
 
 async def _cds_hook(request: Request) -> Answer:
-    live = request.live
+    live = request.chosen
     try:
         inputs = cds.parse_hook(parse_json(await request.body()), live.signature)
     except Problem as problem:

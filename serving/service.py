@@ -277,8 +277,21 @@ class Service:
             "alarms": self.alarms[-20:],
             "stale": self.stale,
             "waiting": {} if self.store is None else self._waiting(self.store),
+            "rollout": self._rollout(),
             "audit_head": None if self.audit is None else self.audit.head,
         }
+
+    def _rollout(self) -> dict[str, Any]:
+        """Candidates by model: stage, and what was seen of them or why they were sent back."""
+        found: dict[str, Any] = {}
+        if self.store is not None:
+            for name, one in self.store.candidates().items():
+                found[name] = {"version": one.version, "stage": one.stage, "reason": one.reason}
+        for name in self.catalogue.names():
+            trial = self.catalogue.trial(name)
+            if trial is not None:
+                found[name] = trial.to_json()
+        return found
 
     @staticmethod
     def _waiting(store: Store) -> dict[str, int]:

@@ -7,6 +7,7 @@ Layout::
     STORE/serving.json                  model -> version served, version before, highest ever
     STORE/refused.jsonl                 what was refused, when and why
     STORE/waiting.json                  what waits for a person's approval; see `approval`
+    STORE/rollout.json                  what comes into service in stages; see `staging`
 
 A release is served only through `serving.json`, which is replaced in one step. A crash at any
 point leaves the old version or the new one serving, never none and never half of one.
@@ -31,10 +32,12 @@ from fedward.serving.approval import (
     Waiting,
     needs_approval,
     record_decision,
+    rollout_limits,
     waiting,
     write_waiting,
 )
 from fedward.serving.engine import Engine, start_engine
+from fedward.serving.staging import Candidate, Limits, Stage, candidates, write_candidates
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,15 +61,18 @@ class Store:
 
     Args:
         folder: Made at the first install.
+        limits: By which stages a release comes into service; by default as `policy.json` says.
     """
 
     folder: Path
+    limits: Limits | None = None
 
     def install(self, release_folder: Path, trusted: PublicIdentity) -> Release:
         """Verify a release, keep a copy of what was verified, and serve it from now on.
 
-        Where the hospital's policy asks for an approver, it waits for `decide` instead. To install
-        what is served or waits already changes nothing.
+        Where the hospital's policy asks for an approver, it waits for `decide` instead; where it
+        asks for stages, it becomes a candidate. To install what is served, waits or is a candidate
+        already changes nothing.
 
         Args:
             release_folder: Where the release is; it is only read.
@@ -83,10 +89,10 @@ class Store:
             try:
                 self._check_pin(trusted)
                 release = read_release(release_folder, trusted)
-                if self._serves(release) or self._waits(release):
+                if self._serves(release) or self._waits(release) or self._staged(release):
                     return release
                 self._check_newer(release)
-                held = needs_approval(self.folder)
+                held, _ = needs_approval(self.folder), self._limits()
                 start_engine(release)
             except FedwardError as error:
                 self._refuse(release_folder, error)
@@ -99,7 +105,7 @@ class Store:
                 entry = Waiting(signature.version, release.digest)
                 write_waiting(self.folder, {**waiting(self.folder), signature.model: entry})
             else:
-                self._promote(release)
+                self._begin(release)
         return release
 
     def decide(self, model: str, version: int, *, by: str, approve: bool) -> None:
@@ -130,11 +136,71 @@ class Store:
                     raise ReleaseRejected(release=release.label, reason="it is another than waited")
             record_decision(self.folder, model=model, entry=entry, by=by, approved=approve)
             if approve:
-                self._promote(release)
+                self._begin(release)
                 del entries[model]
             else:
                 entries[model] = replace(entry, declined=True)
             write_waiting(self.folder, entries)
+
+    def candidates(self) -> dict[str, Candidate]:
+        """What comes into service in stages, and what was sent back, by model.
+
+        Raises:
+            ReleaseRejected: `rollout.json` is malformed.
+        """
+        served = self.served()
+        found = candidates(self.folder)
+        # A crash between the promotion and the end of the candidate leaves one that serves.
+        return {
+            name: one
+            for name, one in found.items()
+            if name in served and one.version > served[name].highest
+        }
+
+    def advance(self, model: str, version: int, *, by: str = "") -> Stage | None:
+        """Take a candidate to its next stage, or into service; with `by`, at once into service.
+
+        Args:
+            model: Which model.
+            version: Which version; it must be the candidate.
+            by: Who decides, by name, where a person does; kept in `approvals.jsonl`.
+
+        Returns:
+            The new stage; None if it serves now.
+
+        Raises:
+            ReleaseRejected: No such version is a candidate, or it no longer verifies.
+        """
+        with self._locked():
+            entry = self._candidate(model, version)
+            stage = None if by else entry.limits.after(entry.stage)
+            if stage is not None:
+                self._write_candidate(model, entry.at(stage))
+                return stage
+            release = self.load(model, version).release
+            if release.digest != entry.digest:
+                raise ReleaseRejected(release=release.label, reason="it is another than was tried")
+            if by:
+                decided = Waiting(version, entry.digest)
+                record_decision(self.folder, model=model, entry=decided, by=by, approved=True)
+            # In this order: after a crash in between, the candidate is the version that serves.
+            self._promote(release)
+            self._write_candidate(model, None)
+        return None
+
+    def fall_back(self, model: str, version: int, *, reason: str) -> None:
+        """Send a candidate back for good; kept with the reason, and in `refused.jsonl`.
+
+        Raises:
+            ReleaseRejected: No such version is a candidate.
+        """
+        with self._locked():
+            entry = self._candidate(model, version)
+            self._write_candidate(model, entry.at("failed", reason=reason))
+            self._refuse(
+                self.path(model, version),
+                ReleaseRejected(release=f"{model}/{version}", reason=reason),
+            )
 
     def newest(self, model: str | None = None) -> Engine:
         """The release to serve, verified again and running.
@@ -236,6 +302,31 @@ class Store:
             )
         return True
 
+    def _staged(self, release: Release) -> bool:
+        entry = self.candidates().get(release.signature.model)
+        if entry is None or release.signature.version > entry.version:
+            return False
+        if entry.stage == "failed" or release.digest != entry.digest:
+            raise ReleaseRejected(
+                release=release.label,
+                reason=f"version {entry.version} is on trial, or failed it: {entry.reason}",
+            )
+        return True
+
+    def _candidate(self, model: str, version: int) -> Candidate:
+        entry = self.candidates().get(model)
+        if entry is None or entry.version != version or entry.stage == "failed":
+            raise ReleaseRejected(release=f"{model}/{version}", reason="it is no candidate")
+        return entry
+
+    def _write_candidate(self, model: str, entry: Candidate | None) -> None:
+        entries = {name: one for name, one in self.candidates().items() if name != model}
+        write_candidates(self.folder, entries if entry is None else {**entries, model: entry})
+
+    def _limits(self) -> Limits | None:
+        policy = rollout_limits(self.folder)
+        return self.limits or policy
+
     def _check_newer(self, release: Release) -> None:
         model, version = release.signature.model, release.signature.version
         served = self.served().get(model)
@@ -256,6 +347,19 @@ class Store:
         write_verified(temporary, release.files, release.bundle)
         temporary.rename(target)
         sync_folder(target.parent)
+
+    def _begin(self, release: Release) -> None:
+        """Serve a release, or put it on trial beside the one that serves.
+
+        A newer candidate takes the place of an older one.
+        """
+        limits, model = self._limits(), release.signature.model
+        stage = None if limits is None or model not in self.served() else limits.first
+        if limits is None or stage is None:
+            self._promote(release)
+            return
+        entry = Candidate(release.signature.version, release.digest, stage, limits)
+        self._write_candidate(model, entry)
 
     def _promote(self, release: Release) -> None:
         model, version = release.signature.model, release.signature.version

@@ -94,6 +94,9 @@ class Updates:
             served = self.store.served().get(model)
             if served is not None and version <= served.highest:
                 continue
+            tried = self.store.candidates().get(model)
+            if tried is not None and tried.stage == "failed" and version <= tried.version:
+                continue  # it was sent back for good, and the reason is kept
             folder = self.registry / model / str(version)
             target = targets.targets[f"{model}/{version}/{BUNDLE_NAME}"]
             try:
