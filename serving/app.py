@@ -47,12 +47,8 @@ class App:
             answer = await self._answer(route, parts, scope, receive)
         except Disconnected:
             return
-        except Problem as problem:
-            answer = _problem(problem)
         except Exception as error:  # noqa: BLE001 (the last line before the network)
-            # The type only: a message may quote a patient's values.
-            _LOG.error("answering %s failed: %s", name, type(error).__name__)
-            answer = Answer(b'{"error":"internal error; see the adapter\'s log"}', 500)
+            answer = answer_error(name, error)
         await send_answer(send, answer)
         self.service.telemetry.answered(name, answer.status, time.perf_counter() - start)
 
@@ -86,9 +82,14 @@ def find_route(method: str, path: str) -> tuple[Route, tuple[str | None, ...]]:
     raise Problem(404, "no such path; see GET /v2, POST /predict")
 
 
-def _problem(problem: Problem) -> Answer:
-    headers = [(name.encode(), value.encode()) for name, value in problem.headers.items()]
-    return Answer(json.dumps(problem.to_json()).encode(), problem.status, (JSON_TYPE, *headers))
+def answer_error(route: str, error: Exception) -> Answer:
+    """A `Problem` as it says; anything else as an error of ours, of which the log says more."""
+    if isinstance(error, Problem):
+        headers = [(name.encode(), value.encode()) for name, value in error.headers.items()]
+        return Answer(json.dumps(error.to_json()).encode(), error.status, (JSON_TYPE, *headers))
+    # The type only: a message may quote a patient's values.
+    _LOG.error("answering %s failed: %s", route, type(error).__name__)
+    return Answer(b'{"error":"internal error; see the adapter\'s log"}', 500)
 
 
 async def _lifespan(receive: Receive, send: Send) -> None:

@@ -11,13 +11,15 @@ from numpy.typing import NDArray
 from fedward.core.fields import Field, ModelSignature
 from fedward.serving.problems import Problem
 
+_DECODE = json.JSONDecoder().decode
 _ADVICE = "A probability to consider with all else that is known; the clinician decides."
 
 
 def parse_json(body: bytes) -> dict[str, Any]:
     """A request's JSON object. Raises `Problem` 400."""
     try:
-        value = json.loads(body)
+        # Without a look for UTF-16, which `json.loads` takes, too, and RFC 8259 does not.
+        value = _DECODE(body.decode())
     except (ValueError, RecursionError):
         raise Problem(400, "the body is not JSON") from None
     if not isinstance(value, dict):

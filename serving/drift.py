@@ -30,6 +30,7 @@ ALARM_PSI = 0.2
 # With fewer rows the index is mostly sampling noise: its mean is about bins / rows.
 LEAST_ROWS = 200
 _SMOOTHING = 1e-4
+_GROUP = 64  # requests whose values are copied into the window together
 PREDICTION = "prediction"
 
 
@@ -158,26 +159,32 @@ class DriftMonitor:
         self._reference = dict(reference)
         self._rows = np.empty((WINDOW, len(self._names) + 1), np.float32)
         self._next = self._seen = 0
+        self._waiting: list[tuple[NDArray[np.float32], NDArray[np.float32]]] = []
 
     def see(self, inputs: NDArray[np.float32], outputs: NDArray[np.float32]) -> None:
-        """Add a batch to the window: a copy of a few numbers, and nothing more."""
+        """Add a batch to the window; keeps both arrays, which must not change."""
         if not self._reference:
             return
-        inputs, outputs = inputs[-WINDOW:], outputs[-WINDOW:]
-        count, start = len(inputs), self._next
-        if count == 1:
-            row = self._rows[start]
-            row[:-1] = inputs[0]
-            row[-1] = outputs[0, 0]
-        else:
-            where = np.arange(start, start + count) % WINDOW
-            self._rows[where, :-1] = inputs
-            self._rows[where, -1] = outputs[:, 0]
-        self._next = (start + count) % WINDOW
-        self._seen += count
+        self._waiting.append((inputs, outputs))
+        if len(self._waiting) >= _GROUP or len(inputs) >= _GROUP:
+            self._gather()
+
+    def _gather(self) -> None:
+        """Copy what waits into the window: once for many requests, as a copy costs little."""
+        if not self._waiting:
+            return
+        inputs = np.concatenate([one for one, _ in self._waiting])[-WINDOW:]
+        outputs = np.concatenate([other for _, other in self._waiting])[-WINDOW:]
+        self._waiting.clear()
+        where = np.arange(self._next, self._next + len(inputs)) % WINDOW
+        self._rows[where, :-1] = inputs
+        self._rows[where, -1] = outputs[:, 0]
+        self._next = (self._next + len(inputs)) % WINDOW
+        self._seen += len(inputs)
 
     def shifts(self) -> list[Shift]:
         """Every field's and the prediction's shift, the largest first."""
+        self._gather()
         rows = min(self._seen, WINDOW)
         found = []
         for column, name in enumerate([*self._names, PREDICTION]):

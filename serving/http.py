@@ -2,7 +2,7 @@
 
 import json
 import zlib
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,7 +55,7 @@ async def read_body(scope: Scope, receive: Receive) -> bytes:
         Problem: 400 malformed, 413 too large, 415 unknown compression.
         Disconnected: The client left.
     """
-    declared = header(scope, b"content-length") or b"0"
+    declared = header(scope["headers"], b"content-length") or b"0"
     if len(declared) > _LONGEST_LENGTH or int(declared) > MAX_BODY:
         raise _too_large()
     parts: list[bytes] = []
@@ -72,15 +72,14 @@ async def read_body(scope: Scope, receive: Receive) -> bytes:
         if not message.get("more_body"):
             break
     body = parts[0] if len(parts) == 1 else b"".join(parts)
-    return _decompress(body, header(scope, b"content-encoding"))
+    return _decompress(body, header(scope["headers"], b"content-encoding"))
 
 
-def header(scope: Scope, name: bytes) -> bytes | None:
+def header(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> bytes | None:
     """The first header of this name, in lower case."""
-    for key, value in scope["headers"]:
+    for key, value in headers:
         if key == name:
-            found: bytes = value
-            return found
+            return value
     return None
 
 

@@ -6,6 +6,9 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from importlib import resources
 
+import numpy as np
+from numpy.typing import NDArray
+
 from fedward.serving import cds, oip
 from fedward.serving.catalogue import Live
 from fedward.serving.clinical import parse_json
@@ -83,11 +86,48 @@ class Route:
 async def _infer(request: Request) -> Answer:
     live = request.chosen
     body = await request.body()
-    length = header(request.scope, b"inference-header-content-length")
+    length = header(request.scope["headers"], b"inference-header-content-length")
     asked = oip.parse_infer(body, length)
     outputs = await request.service.predict(
         live, asked.inputs, caller=request.caller, action="infer"
     )
+    return _inferred(live, asked, outputs)
+
+
+def infer_now(
+    service: Service,
+    parts: tuple[str | None, ...],
+    headers: list[tuple[bytes, bytes]],
+    body: bytes,
+    json_length: bytes | None,
+) -> Answer:
+    """The answer to a whole inference request, without waiting for anything.
+
+    Args:
+        service: The adapter.
+        parts: The path's model and version, as `infer_parts` finds them.
+        headers: The request's, names in lower case.
+        body: The request's, decompressed.
+        json_length: The header `Inference-Header-Content-Length`; None without binary tensors.
+
+    Raises:
+        Problem: As the route's, 4xx.
+    """
+    caller = service.admit(headers, _CLINICIAN)
+    live = service.catalogue.get(*parts)
+    asked = oip.parse_infer(body, json_length)
+    outputs = service.predict_now(live, asked.inputs, caller=caller, action="infer")
+    return _inferred(live, asked, outputs)
+
+
+@functools.lru_cache(maxsize=256)
+def infer_parts(url: bytes) -> tuple[str | None, ...] | None:
+    """Model and version of an inference's plain path; None for any other, or one to be decoded."""
+    match = None if b"%" in url or b"?" in url else _INFER_PATH.fullmatch(url.decode("latin-1"))
+    return None if match is None else match.groups()
+
+
+def _inferred(live: Live, asked: oip.InferRequest, outputs: NDArray[np.float32]) -> Answer:
     content, json_length = oip.encode_infer(live.signature, asked, outputs)
     if json_length is None:
         return Answer(content)
@@ -260,6 +300,7 @@ async def _page(request: Request) -> Answer:
 _MOST_EXPLAINED = 32
 _NAME = r"([^/:]+)"
 _MODEL = rf"/v2/models/{_NAME}(?:/versions/([^/]+))?"
+_INFER_PATH = re.compile(_MODEL + "/infer/?")
 _CLINICIAN: tuple[Role, ...] = ("clinician",)
 _OPERATOR: tuple[Role, ...] = ("operator",)
 _WATCHING: tuple[Role, ...] = ("operator", "auditor")

@@ -19,6 +19,7 @@ from fedward.serving.app import App
 from fedward.serving.audit import AuditLog
 from fedward.serving.catalogue import Catalogue
 from fedward.serving.gate import Gate, read_keys
+from fedward.serving.quick import QuickProtocol
 from fedward.serving.service import Service
 from fedward.serving.store import Store
 from fedward.serving.watcher import Watcher
@@ -162,11 +163,12 @@ def _run(service: Service, watcher: Watcher, address: tuple[str, int], how: Opti
         config = uvicorn.Config(
             App(service),
             loop="uvloop",
-            http="httptools",
+            http=QuickProtocol,
             ws="none",
             lifespan="on",
             access_log=False,
             log_level="warning",
+            proxy_headers=False,  # nobody is judged by an address
             server_header=False,
             date_header=False,
             timeout_graceful_shutdown=_GRACE,

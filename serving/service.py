@@ -85,19 +85,41 @@ class Service:
         Raises:
             Problem: 400, 413 or 422; see `Guard.check`.
         """
+        if len(inputs) <= _ROWS_IN_THREAD:
+            return self.predict_now(live, inputs, caller=caller, action=action)
         try:
-            if len(inputs) <= _ROWS_IN_THREAD:
-                outputs = live.predict(inputs)
-            else:
-                outputs = await asyncio.to_thread(live.predict, inputs)
+            outputs = await asyncio.to_thread(live.predict, inputs)
         except Problem as problem:
             self.note_refusal(live, problem)
             raise
+        self._predicted(live, inputs, outputs, caller=caller, action=action)
+        return outputs
+
+    def predict_now(
+        self, live: Live, inputs: NDArray[np.float32], *, caller: Caller, action: str
+    ) -> NDArray[np.float32]:
+        """As `predict`, on the event loop: for few rows."""
+        try:
+            outputs = live.predict(inputs)
+        except Problem as problem:
+            self.note_refusal(live, problem)
+            raise
+        self._predicted(live, inputs, outputs, caller=caller, action=action)
+        return outputs
+
+    def _predicted(
+        self,
+        live: Live,
+        inputs: NDArray[np.float32],
+        outputs: NDArray[np.float32],
+        *,
+        caller: Caller,
+        action: str,
+    ) -> None:
         signature = live.signature
         live.drift.see(inputs, outputs)
         self.telemetry.predicted(signature.model, signature.version, len(inputs))
         self.record(action, live, caller, rows=len(inputs))
-        return outputs
 
     async def answer_patient(
         self, live: Live, values: dict[str, Any], *, caller: Caller

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 # Old enough for any ONNX Runtime of the last years; opset 17 goes with IR 8.
 _OPSET = 17
 _IR_VERSION = 8
+_ML, _ML_OPSET = "ai.onnx.ml", 3  # of ONNX, too: classical preparation
 
 
 class _Graph:
@@ -30,14 +31,20 @@ class _Graph:
 
     def constant(self, value: NDArray[np.float32] | NDArray[np.int64]) -> str:
         name = f"constant_{len(self.constants)}"
-        self.constants.append(numpy_helper.from_array(np.ascontiguousarray(value), name))
+        self.constants.append(numpy_helper.from_array(np.array(value, order="C"), name))
         return name
 
     def add(
-        self, operation: str, *inputs: str, output: str | None = None, **attributes: int
+        self,
+        operation: str,
+        *inputs: str,
+        output: str | None = None,
+        domain: str = "",
+        **attributes: int | list[float],
     ) -> str:
         name = output or f"{operation.lower()}_{len(self.nodes)}"
-        self.nodes.append(helper.make_node(operation, list(inputs), [name], **attributes))
+        node = helper.make_node(operation, list(inputs), [name], domain=domain, **attributes)
+        self.nodes.append(node)
         return name
 
 
@@ -53,8 +60,7 @@ def export_binary(model: "nn.Module", preparation: Preparation, *, name: str) ->
         ValueError: The model has another kind of layer, or takes other features.
     """
     graph = _Graph()
-    features = _prepare(graph, preparation)
-    log_odds = _layers(graph, model, features, num_features=preparation.num_features)
+    log_odds = _layers(graph, model, *_prepare(graph, preparation))
     graph.add("Sigmoid", log_odds, output="probability")
     proto = helper.make_model(
         helper.make_graph(
@@ -68,7 +74,7 @@ def export_binary(model: "nn.Module", preparation: Preparation, *, name: str) ->
             [helper.make_tensor_value_info("probability", TensorProto.FLOAT, ["N", 1])],
             initializer=graph.constants,
         ),
-        opset_imports=[helper.make_opsetid("", _OPSET)],
+        opset_imports=[helper.make_opsetid("", _OPSET), helper.make_opsetid(_ML, _ML_OPSET)],
         producer_name="fedward",
     )
     proto.ir_version = _IR_VERSION
@@ -76,59 +82,77 @@ def export_binary(model: "nn.Module", preparation: Preparation, *, name: str) ->
     return bytes(proto.SerializeToString(deterministic=True))
 
 
-def _prepare(graph: _Graph, preparation: Preparation) -> str:
-    """The same four groups of features as `Preparation.apply`, in the same order."""
+def _prepare(graph: _Graph, preparation: Preparation) -> tuple[str, NDArray[np.float64]]:
+    """What the features are linear in, and how: `columns @ matrix` are `Preparation.apply`'s.
+
+    A runtime spends more on a node than on a row of numbers, so that every raw column goes
+    through the same few nodes, needed or not, and sorting them out is left to the first layer.
+
+    Returns:
+        The columns' name, and the matrix of shape `(columns, num_features)`.
+    """
+    width = preparation.num_columns
+    low, high = np.full(width, -1.0), np.full(width, 1.0)
+    center, scale = np.zeros(width), np.ones(width)
+    for s in preparation.scaled:
+        center[s.column], scale[s.column] = s.center, s.scale
+        low[s.column], high[s.column] = (s.low - s.center) * s.scale, (s.high - s.center) * s.scale
+    for column in preparation.signed:  # its codes 0 and 1 are inside any range
+        center[column], scale[column] = 0.5, 2.0
     absent = graph.add("IsNaN", "input")
-    zero = graph.constant(np.zeros(1, dtype=np.float32))
-    known = graph.add("Not", absent)
-    present = graph.add("Cast", known, to=TensorProto.FLOAT)
-    filled = graph.add("Where", absent, zero, "input")
-
-    def columns(tensor: str, indices: list[int]) -> str:
-        return graph.add(
-            "Gather", tensor, graph.constant(np.array(indices, dtype=np.int64)), axis=1
-        )
-
-    def constants(values: list[float]) -> str:
-        return graph.constant(np.array(values, dtype=np.float32))
-
-    groups: list[str] = []
-    if scaled := preparation.scaled:
-        indices = [s.column for s in scaled]
-        cut = graph.add("Max", columns(filled, indices), constants([s.low for s in scaled]))
-        cut = graph.add("Min", cut, constants([s.high for s in scaled]))
-        centered = graph.add("Sub", cut, constants([s.center for s in scaled]))
-        mapped = graph.add("Mul", centered, constants([s.scale for s in scaled]))
-        groups.append(graph.add("Mul", mapped, columns(present, indices)))
-    if signed := list(preparation.signed):
-        doubled = graph.add("Mul", columns(filled, signed), constants([2.0]))
-        mapped = graph.add("Sub", doubled, constants([1.0]))
-        groups.append(graph.add("Mul", mapped, columns(present, signed)))
-    if missing := list(preparation.missing):
-        groups.append(graph.add("Cast", columns(absent, missing), to=TensorProto.FLOAT))
+    mapped = graph.add("Scaler", "input", domain=_ML, offset=center.tolist(), scale=scale.tolist())
+    # 0 is the middle of the range.
+    known = graph.add("Where", absent, graph.constant(np.zeros(1, np.float32)), mapped)
+    groups = [_cut(graph, known, low, high)]
+    sources = [*(s.column for s in preparation.scaled), *preparation.signed]
+    if preparation.missing:
+        groups.append(graph.add("Cast", absent, to=TensorProto.FLOAT))
+        sources += [width + column for column in preparation.missing]
     if equals := preparation.equals:
-        # The raw input, not the filled one: NaN equals no code, and 0 is a code.
-        same = graph.add(
-            "Equal", columns("input", [c for c, _ in equals]), constants([v for _, v in equals])
-        )
+        # The raw input, in which NaN equals no code.
+        columns = graph.constant(np.array([column for column, _ in equals], np.int64))
+        codes = graph.constant(np.array([code for _, code in equals], np.float32))
+        same = graph.add("Equal", graph.add("Gather", "input", columns, axis=1), codes)
+        first = len(groups) * width
         groups.append(graph.add("Cast", same, to=TensorProto.FLOAT))
-    together = graph.add("Concat", *groups, axis=1)
-    return graph.add("Mul", together, constants([preparation.gain]))
+        sources += range(first, first + len(equals))
+    together = graph.add("Concat", *groups, axis=1) if len(groups) > 1 else groups[0]
+    count = width * (1 + bool(preparation.missing)) + len(preparation.equals)
+    matrix = np.zeros((count, preparation.num_features))
+    matrix[sources, np.arange(preparation.num_features)] = preparation.gain
+    return together, matrix
 
 
-def _layers(graph: _Graph, model: "nn.Module", features: str, *, num_features: int) -> str:
+def _cut(graph: _Graph, values: str, low: NDArray[np.float64], high: NDArray[np.float64]) -> str:
+    """Each column cut to its range: one node where all ranges are the same, as public ones are."""
+    ends = np.stack([low, high]).round(6)
+    if (ends == ends[:, :1]).all():
+        bounds = [graph.constant(_single(end)) for end in ends[:, 0]]
+        return graph.add("Clip", values, *bounds)
+    raised = graph.add("Max", values, graph.constant(_single(low)))
+    return graph.add("Min", raised, graph.constant(_single(high)))
+
+
+def _layers(graph: _Graph, model: "nn.Module", columns: str, matrix: NDArray[np.float64]) -> str:
     from torch import nn
 
-    width, current = num_features, features
+    width, current = matrix.shape[1], columns
+    first: NDArray[np.float64] | None = matrix
     # Anything but a Sequential is one layer, and named in the error below.
     for layer in model if isinstance(model, nn.Sequential) else (model,):
         match layer:
             case nn.ReLU():
+                if first is not None:
+                    current = graph.add("MatMul", current, graph.constant(_single(first)))
+                    first = None
                 current = graph.add("Relu", current)
             case nn.Linear():
                 if layer.in_features != width:
                     raise ValueError(f"a layer takes {layer.in_features} features, not {width}")
-                inputs = [current, graph.constant(_array(layer.weight))]
+                weight = _array(layer.weight)
+                if first is not None:
+                    weight, first = _single(weight @ first.T), None
+                inputs = [current, graph.constant(weight)]
                 if layer.bias is not None:
                     inputs.append(graph.constant(_array(layer.bias)))
                 current = graph.add("Gemm", *inputs, transB=1)
@@ -141,6 +165,10 @@ def _layers(graph: _Graph, model: "nn.Module", features: str, *, num_features: i
     if width != 1:
         raise ValueError(f"a binary model has one output, this one has {width}")
     return current
+
+
+def _single(values: NDArray[np.float64] | np.float64) -> NDArray[np.float32]:
+    return np.asarray(values, np.float32)
 
 
 def _array(tensor: "Tensor") -> NDArray[np.float32]:

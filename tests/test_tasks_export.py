@@ -1,6 +1,7 @@
 """The exported ONNX model is the trained one, preparation included."""
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -60,6 +61,51 @@ def test_a_patient_of_whom_nothing_is_known_gets_a_probability() -> None:
     (probability,) = session.run(None, {"input": nothing})
 
     assert 0 < float(probability[0, 0]) < 1
+
+
+@pytest.mark.parametrize("scaling", ["public", "fitted"])
+def test_what_no_range_allows_is_cut_and_infinity_too(tables: list[Table], scaling: str) -> None:
+    fitted = TASK.fit(add_sums(map(TASK.statistics, tables))) if scaling == "fitted" else None
+    model = TASK.model("mlp")
+    randomise(model, seed=3)
+    session = onnxruntime.InferenceSession(TASK.export_onnx(model, fitted))
+    rows = raw_input(tables)[:200]
+    numbers = [i for i, field in enumerate(TASK.schema.features) if field.kind == "number"]
+    rng = np.random.default_rng(4)
+    odd = np.array([np.inf, -np.inf, 1e30, -1e30, np.nan], np.float32)
+    rows[:, numbers] = rng.choice(odd, (200, len(numbers)))
+    table = Table(
+        source="odd",
+        patient_ids=tuple(map(str, range(200))),
+        columns={
+            **{f.name: rows[:, i].astype(float) for i, f in enumerate(TASK.schema.features)},
+            TASK.schema.label.name: np.zeros(200),
+        },
+    )
+    features = TASK.prepare(table, fitted).features
+
+    (served,) = session.run(["probability"], {"input": rows})
+
+    expected = TASK.probabilities(model(torch.from_numpy(features))).numpy()
+    np.testing.assert_allclose(served[:, 0], expected, atol=1e-6, rtol=0)
+
+
+def test_a_graph_has_few_nodes_as_each_costs_a_request_its_time() -> None:
+    graph = onnx.load_from_string(TASK.export_onnx(TASK.model("logistic"), None)).graph
+
+    assert len(graph.node) <= 11
+
+
+def test_a_model_that_begins_with_no_layer_is_exported_too(tables: list[Table]) -> None:
+    features = TASK.prepare(tables[0], None).features
+    model = nn.Sequential(nn.ReLU(), nn.Linear(features.shape[1], 1))
+    randomise(model, seed=5)
+    session = onnxruntime.InferenceSession(TASK.export_onnx(model, None))
+
+    (served,) = session.run(["probability"], {"input": raw_input(tables[:1])})
+
+    expected = TASK.probabilities(model(torch.from_numpy(features))[:, 0]).numpy()
+    np.testing.assert_allclose(served[:, 0], expected, atol=1e-6, rtol=0)
 
 
 def test_the_same_model_is_exported_to_the_same_bytes() -> None:

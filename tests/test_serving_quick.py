@@ -1,0 +1,248 @@
+"""The shorter way of an inference request answers as the longer one, on any connection."""
+
+import json
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from release_samples import publish_sample, sigmoid_of, valid_inputs
+from serving_client import adapter
+
+from fedward.core.identity import Identity
+from fedward.core.release import read_release
+from fedward.serving import oip
+from fedward.serving.engine import start_engine
+from fedward.serving.problems import Problem
+from fedward.serving.quick import MOST_BYTES
+from fedward.serving.routes import infer_parts
+from fedward.serving.store import Store
+
+_IDENTITY = Identity.generate_publisher()
+# Forces the longer way, and changes nothing else.
+_LONG = "Connection: keep-alive\r\n"
+
+
+@pytest.fixture(scope="module")
+def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    folder = tmp_path_factory.mktemp("quick")
+    store = Store(folder / "store")
+    store.install(publish_sample(folder / "registry", _IDENTITY), _IDENTITY.public)
+    with adapter(store.folder, folder / "ready.json") as (address, _):
+        yield int(address.rpartition(":")[2])
+
+
+def _body(rows: Any = ((63, 1, 240, 0),), **more: Any) -> bytes:
+    array = np.asarray(rows, np.float32)
+    data = [None if np.isnan(v) else float(v) for v in array.ravel()]
+    tensor = {"name": "input", "datatype": "FP32", "shape": list(array.shape), "data": data}
+    return json.dumps({"inputs": [tensor], **more}).encode()
+
+
+def _request(body: bytes, head: str = "", path: str = "/v2/models/tiny/infer") -> bytes:
+    start = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n{head}\r\n"
+    return start.encode() + body
+
+
+def _read(connection: socket.socket, answers: int) -> list[tuple[int, dict[str, str], bytes]]:
+    """So many answers, one after the other."""
+    file, found = connection.makefile("rb"), []
+    for _ in range(answers):
+        status = int(file.readline().split()[1])
+        headers = {}
+        while line := file.readline().strip():
+            name, _, value = line.decode().partition(": ")
+            headers[name] = value
+        found.append((status, headers, file.read(int(headers.get("content-length", "0")))))
+    return found
+
+
+def _ask(port: int, *pieces: bytes, answers: int = 1) -> list[tuple[int, dict[str, str], bytes]]:
+    with socket.create_connection(("127.0.0.1", port), 20) as connection:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for piece in pieces:
+            connection.sendall(piece)
+        return _read(connection, answers)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        _body(),
+        _body(valid_inputs(7)),
+        _body(id="r1"),
+        _body(parameters={"binary_data_output": True}),
+        _body(((17, 1, 240, 0),)),
+        _body(((63, 1, 240),)),
+        b"",
+        b"{}",
+        b"\xff",
+        b"[" * 5000,
+        _body(valid_inputs(600)),
+    ],
+)
+def test_both_ways_answer_alike(port: int, body: bytes) -> None:
+    (quick,) = _ask(port, _request(body))
+    (slow,) = _ask(port, _request(body, _LONG))
+
+    assert quick == slow
+    assert quick[0] in (200, 400, 422)
+
+
+def test_the_answer_is_the_models(port: int) -> None:
+    inputs = valid_inputs(5)
+    ((status, _, body),) = _ask(port, _request(_body(inputs)))
+
+    assert status == 200
+    got = json.loads(body)["outputs"][0]["data"]
+    np.testing.assert_allclose(got, sigmoid_of(inputs)[:, 0], atol=1e-6)
+
+
+def test_pipelined_requests_are_answered_in_their_order(port: int) -> None:
+    ages = [20 + number for number in range(40)]
+    # Every third goes the longer way, and holds up the quick ones behind it.
+    sent = b"".join(
+        _request(_body(((age, 1, 240, 0),)), _LONG if number % 3 == 1 else "")
+        for number, age in enumerate(ages)
+    )
+
+    answers = _ask(port, sent, answers=40)
+
+    got = [json.loads(body)["outputs"][0]["data"][0] for _, _, body in answers]
+    inputs = np.array([(age, 1, 240, 0) for age in ages], np.float32)
+    np.testing.assert_allclose(got, sigmoid_of(inputs)[:, 0], atol=1e-6)
+
+
+def test_a_request_may_come_byte_by_byte(port: int) -> None:
+    whole = _request(_body())
+    pieces = [whole[i : i + 1] for i in range(len(whole))]
+
+    assert _ask(port, *pieces) == _ask(port, whole)
+
+
+@pytest.mark.parametrize(
+    "head",
+    ["Transfer-Encoding: chunked\r\n", "Content-Encoding: br\r\n", "Upgrade: h2c\r\n"],
+)
+def test_what_is_unusual_goes_the_longer_way(port: int, head: str) -> None:
+    if head.startswith("Transfer"):
+        body = b"%x\r\n%b\r\n0\r\n\r\n" % (len(_body()), _body())
+        request = f"POST /v2/models/tiny/infer HTTP/1.1\r\nHost: x\r\n{head}\r\n".encode() + body
+    else:
+        request = _request(_body(), head)
+    ((status, _, _),) = _ask(port, request)
+
+    assert status == (415 if "br" in head else 200)
+
+
+def test_a_client_that_asks_to_go_on_is_told_to(port: int) -> None:
+    request = _request(_body(), "Expect: 100-continue\r\n")
+
+    told, answered = _ask(port, request, answers=2)
+
+    assert (told[0], answered[0]) == (100, 200)
+
+
+def test_a_client_that_leaves_harms_nobody(port: int) -> None:
+    whole = _request(_body())
+    for cut in (10, 60, len(whole) - 1):
+        with socket.create_connection(("127.0.0.1", port), 20) as connection:
+            connection.sendall(whole[:cut])
+
+    assert _ask(port, whole)[0][0] == 200
+
+
+def test_a_request_under_way_is_answered_when_the_adapter_stops(tmp_path: Path) -> None:
+    store = Store(tmp_path / "store")
+    store.install(publish_sample(tmp_path / "registry", _IDENTITY), _IDENTITY.public)
+    whole = _request(_body())
+    with adapter(store.folder, tmp_path / "ready.json") as (address, process):
+        where = ("127.0.0.1", int(address.rpartition(":")[2]))
+        with socket.create_connection(where, 20) as connection:
+            connection.sendall(whole[:-5])
+            process.terminate()
+            # Until it no longer takes connections, it has not begun to stop.
+            while True:
+                try:
+                    socket.create_connection(where, 0.2).close()
+                except OSError:
+                    break
+            connection.sendall(whole[-5:])
+            ((status, _, _),) = _read(connection, 1)
+            assert connection.recv(1) == b""
+
+    assert status == 200
+
+
+def test_a_connection_is_kept_for_a_while_and_no_longer(port: int) -> None:
+    with socket.create_connection(("127.0.0.1", port), 20) as connection:
+        start = time.monotonic()
+        for pause in (0.0, 3.0):
+            time.sleep(pause)
+            connection.sendall(_request(_body()))
+            assert _read(connection, 1)[0][0] == 200
+        assert connection.recv(1) == b""
+        kept = time.monotonic() - start
+
+    assert 7.5 < kept < 12  # 3 s, then uvicorn's 5 s without a request
+
+
+@pytest.mark.parametrize(
+    ("url", "parts"),
+    [
+        (b"/v2/models/tiny/infer", ("tiny", None)),
+        (b"/v2/models/tiny/versions/3/infer", ("tiny", "3")),
+        (b"/v2/models/t%69ny/infer", None),
+        (b"/v2/models/tiny/infer?x", None),
+        (b"/v2/models/tiny/ready", None),
+        (b"/predict", None),
+    ],
+)
+def test_only_a_plain_inference_is_quick(url: bytes, parts: tuple[str | None, ...] | None) -> None:
+    assert infer_parts(url) == parts
+
+
+_VALUE = st.none() | st.floats() | st.integers(-(2**70), 2**70) | st.booleans() | st.text("1a")
+
+
+@given(
+    data=st.lists(_VALUE, max_size=5),
+    shape=st.lists(st.integers(0, 5) | st.booleans() | st.floats(0, 5), max_size=3),
+)
+def test_one_patient_is_read_as_any_tensor_is(data: list[Any], shape: list[Any]) -> None:
+    tensor = {"name": "input", "datatype": "FP32", "shape": shape, "data": data}
+
+    def read(**more: Any) -> tuple[Any, ...]:
+        try:
+            asked = oip.parse_infer(json.dumps({"inputs": [tensor], **more}).encode(), None)
+        except Problem as problem:
+            return problem.status, problem.error
+        return asked.inputs.shape, asked.inputs.tobytes(), asked.id, asked.binary
+
+    assert read() == read(parameters={})  # said, and nothing said: the longer way
+
+
+def test_one_row_in_bound_memory_is_what_the_session_gives(tmp_path: Path) -> None:
+    release = read_release(publish_sample(tmp_path, _IDENTITY), _IDENTITY.public)
+    engine = start_engine(release)
+    inputs = valid_inputs(50)
+
+    rows = [engine.predict(row[None]) for row in inputs]  # kept: none may change the one before
+
+    assert engine.single is not None
+    np.testing.assert_array_equal(np.concatenate(rows), engine.predict(inputs))
+    with engine.single._free:  # another thread is at it
+        np.testing.assert_array_equal(engine.predict(inputs[:1]), rows[0])
+
+
+def test_a_large_body_goes_the_longer_way(port: int) -> None:
+    body = _body() + b" " * MOST_BYTES
+
+    ((status, _, _),) = _ask(port, _request(body))
+
+    assert status == 200
