@@ -6,7 +6,7 @@ cannot know comes from the study's `[publish.card]`; where that is empty, the ca
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -16,6 +16,11 @@ from fedward.core.fields import ModelSignature
 SMALLEST_CELL = 20
 _CELLS = 40  # of the histogram behind a row of figures
 NOT_STATED = "not stated by the publisher"
+_FORMS = (
+    "Each hospital's adapter measures every form on its own host, and serves a smaller one only "
+    "where it is at least a tenth faster there and no probability moves by more than 0.005; what "
+    "it found is at /monitor. The figures here are of the publisher's host."
+)
 _HOW = (
     "Served by the hospital's own adapter: enter the fields under Inputs, or send FHIR by CDS "
     "Hooks. It answers with a probability, what was missing, and on request each value's "
@@ -30,6 +35,7 @@ def card_json(
     metrics: Mapping[str, Any],
     training: Mapping[str, Any],
     monitor: Mapping[str, Any] | None = None,
+    forms: Sequence[Mapping[str, Any]] = (),
     about: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """The card as JSON values. Figures over fewer than 20 examples are left out, and said so.
@@ -40,6 +46,7 @@ def card_json(
         metrics: As in a run's `metrics.json`, with `calibration` and `subgroups` if there are any.
         training: `training.json`.
         monitor: `monitor.json`, if there is one.
+        forms: What `variants.measure_variants` found.
         about: The study's `[publish.card]`; what is missing or empty is not stated.
     """
     said = {name: text.strip() or NOT_STATED for name, text in (about or {}).items()}
@@ -104,6 +111,12 @@ def card_json(
         },
         "evaluation": _evaluation(metrics, exact=statement.get("mode") == "none"),
         "monitoring": _monitoring(monitor),
+        "forms": {
+            "said": _FORMS
+            if forms
+            else "one form only: the model is too small to gain from others",
+            "measured": [dict(one) for one in forms],
+        },
         "privacy": {
             key: statement[key]
             for key in ("statement", "private", "reason", "epsilon", "mechanism", "not_covered")

@@ -57,6 +57,7 @@ def card_html(card: Mapping[str, Any], signature: ModelSignature) -> str:
 <section><h2>Watching it</h2><p>{escape(card["monitoring"]["drift"].capitalize())}.</p>
 {_facts(card["monitoring"]["reference"] or {})}</section>
 <section><h2>System facts</h2>{_facts(card["facts"])}</section>
+<section><h2>Forms</h2>{_forms(card["forms"])}</section>
 <section><h2>Inputs</h2>{_inputs(signature)}</section>
 <section><h2>Training</h2>{_facts(card["training"])}</section>
 </main></body></html>
@@ -146,6 +147,21 @@ def _subgroups(evaluation: Mapping[str, Any]) -> str:
     return "".join(parts) + (
         f'<p class="soft">All sites together{_noise(evaluation)}. Patients whose value is missing '
         "are in no group.</p>"
+    )
+
+
+def _forms(forms: Mapping[str, Any]) -> str:
+    said = f"<p>{escape(forms['said'][0].upper() + forms['said'][1:])}</p>"
+    if not forms["measured"]:
+        return said
+    body = "".join(
+        f"<tr><td>{escape(one['name'])}</td><td class='n'>{one['bytes'] / 1024:.0f}</td>"
+        f"<td class='n'>{one['milliseconds']:.3f}</td><td class='n'>{one['off']:.1g}</td></tr>"
+        for one in forms["measured"]
+    )
+    return (
+        f"{said}<table><thead><tr><th>Form</th><th class='n'>KiB</th><th class='n'>ms a patient"
+        f"</th><th class='n'>Largest difference</th></tr></thead><tbody>{body}</tbody></table>"
     )
 
 

@@ -19,7 +19,7 @@ from fedward.server.card_html import card_html
 from fedward.server.registry import Registry
 from fedward.server.statement import privacy_statement
 from fedward.server.units import conversions
-from fedward.server.variants import make_variants
+from fedward.server.variants import make_variants, measure_variants
 
 if TYPE_CHECKING:
     from fedward.tasks.schema import Field as SchemaField
@@ -88,6 +88,7 @@ def publish(
     onnx = task.export_onnx(model, fitted)
     variants = make_variants(onnx, num_parameters=parameters.size)
     inputs = golden_inputs(task.schema.features, seed=study.hash)
+    measured = measure_variants(onnx, variants, inputs)
     golden = write_golden(inputs, raw_probabilities(task, model, inputs, fitted))
     weights = save(to_named(model), metadata={"format": "np"})
 
@@ -105,6 +106,7 @@ def publish(
             metrics=metrics,
             training=facts,
             monitor=monitor,
+            forms=measured,
             about=study.publish.card.model_dump(),
         )
         watched = {} if monitor is None else {"monitor.json": _pretty(dict(monitor))}

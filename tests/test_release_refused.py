@@ -18,7 +18,7 @@ from fedward.core.canonical import digest
 from fedward.core.errors import FedwardError, ReleaseRejected, SignatureInvalid
 from fedward.core.identity import Identity
 from fedward.core.modelsigning import sign_digests
-from fedward.core.release import REQUIRED, read_release, write_release, write_verified
+from fedward.core.release import OPTIONAL, REQUIRED, read_release, write_release, write_verified
 from fedward.serving.store import Store
 
 _SECONDS = 0.02
@@ -57,8 +57,16 @@ def test_a_good_release_is_read(folder: Path) -> None:
     np.testing.assert_array_equal(release.golden_outputs, sigmoid_of(release.golden_inputs))
 
 
-@pytest.mark.parametrize("path", [*REQUIRED, "model.sig"])
-def test_a_flipped_bit_in_any_file_is_refused(folder: Path, path: str) -> None:
+_ALL = sorted({*REQUIRED, *OPTIONAL, "variants/int8.onnx", "variants/fp16.onnx", "model.sig"})
+
+
+@pytest.mark.parametrize("path", _ALL)
+def test_a_flipped_bit_in_any_file_is_refused(tmp_path: Path, path: str) -> None:
+    files = release_files()
+    files |= {name: b'{"of": "any content"}' for name in _ALL if name not in files}
+    del files["model.sig"]
+    folder = tmp_path / "release"
+    write_release(folder, files, name="m", identity=_IDENTITY)
     content = bytearray((folder / path).read_bytes())
     content[len(content) // 2] ^= 1
     (folder / path).write_bytes(content)
