@@ -1,14 +1,15 @@
 """Simulation at speed: one job on Fedward, a plain torch loop, pfl, Flower on Ray, NVFlare.
 
     benchmarks/peers/setup.sh FOLDER                 # once: the peers' virtual environments
-    python benchmarks/simulation.py [--peers FOLDER] [--quick] [--json] [--show 1|2|3|5]
+    python benchmarks/simulation.py [--peers FOLDER] [--quick] [--json] [--show 1|2|3|4|5]
 
 Breast cancer data, an MLP 30-64-2, FedAvg, one local epoch, batch 32, 10 rounds, the same rows at
 each site for everybody. Every contender is a process of its own. Time of a round is processor time
 (median over rounds, first one left out) where the contender is one process, so that a busy machine
 does not blur ratios, and wall time where it is many; memory is the peak over all its processes.
 Fedward's processes do everything that a run does: study, admission, ledgers, evaluation, a signed
-release. Show 2 adds privacy; show 3 grows the number of sites; show 5 needs a GPU.
+release. Show 2 adds privacy; show 3 grows the number of sites; show 4 is a study with dropouts,
+stragglers and attackers, whose report is read; show 5 needs a GPU.
 """
 
 import argparse
@@ -237,28 +238,32 @@ def ratio(
 
 def show_1(bench: Bench) -> None:
     """Everybody on one job, at 16, 100 and 1,000 sites."""
+    from simulation_checks import milliseconds_a_message
+
     quick = bench.arguments.quick
+    bench.bar("grid, ms a message", milliseconds_a_message(), 0.2, at_least=False)
     few = [PLAIN, PER_SITE, VECTORISED]
     found = bench.measure(few if quick else [*few, PFL, RAY, NVFLARE], sites=16)
-    memory = [found[c.name].get("peak_mb", math.inf) for c in (PER_SITE, VECTORISED)]
     bench.bar("in-process over plain, 16 sites", ratio(found, PER_SITE, PLAIN), 1.3, at_least=False)
     bench.bar("plain over vectorised, 16 sites", ratio(found, PLAIN, VECTORISED), 1, at_least=True)
-    bench.bar("whole process, MB, 16 sites", max(memory), 500, at_least=False)
-    if not quick:
-        for peer in (RAY, NVFLARE):
-            name = f"{peer.name} over in-process, whole process, 16 sites"
-            bench.bar(name, ratio(found, peer, PER_SITE, "process_s"), 10, at_least=True)
-        said = [row["accuracy"] for row in found.values() if "accuracy" in row]
-        bench.notes.append(f"final accuracies at 16 sites: {min(said)} to {max(said)}")
+    _memory_bar(bench, found, 16)
+    for peer in (RAY, NVFLARE):
+        name = f"{peer.name} over in-process, whole process, 16 sites"
+        bench.bar(name, ratio(found, peer, PER_SITE, "process_s"), 10, at_least=True)
+    said = [row["accuracy"] for row in found.values() if "accuracy" in row]
+    bench.notes.append(f"final accuracies at 16 sites: {min(said)} to {max(said)}")
     found = bench.measure(few if quick else [*few, PFL], sites=100)
-    memory = [found[c.name].get("peak_mb", math.inf) for c in (PER_SITE, VECTORISED)]
     name = "in-process over plain, 100 sites"
     bench.bar(name, ratio(found, PER_SITE, PLAIN), 1.3, at_least=False)
-    bench.bar("whole process, MB, 100 sites", max(memory), 500, at_least=False)
-    if not quick:
-        found = bench.measure([PLAIN, VECTORISED, PFL], sites=1000)
-        name = "plain over vectorised, 1,000 sites"
-        bench.bar(name, ratio(found, PLAIN, VECTORISED), 5, at_least=True)
+    _memory_bar(bench, found, 100)
+    found = bench.measure([PLAIN, VECTORISED] if quick else [PLAIN, VECTORISED, PFL], sites=1000)
+    name = "plain over vectorised, 1,000 sites"
+    bench.bar(name, ratio(found, PLAIN, VECTORISED), 5, at_least=True)
+
+
+def _memory_bar(bench: Bench, found: dict[str, dict[str, Any]], sites: int) -> None:
+    memory = [found[c.name].get("peak_mb", math.inf) for c in (PER_SITE, VECTORISED)]
+    bench.bar(f"whole process, MB, {sites} sites", max(memory), 500, at_least=False)
 
 
 def show_2(bench: Bench) -> None:
@@ -284,7 +289,11 @@ def show_3(bench: Bench) -> None:
     rows = [bench.measure([VECTORISED], sites=count)[VECTORISED.name] for count in counts]
     known = [(count, row) for count, row in zip(counts, rows, strict=True) if "round_ms" in row]
     logs = np.log([count for count, _ in known])
-    for key, name in (("round_ms", "time of a round"), ("peak_mb", "memory")):
+    for key, name in (
+        ("round_ms", "time of a round"),
+        ("process_s", "time of the whole process"),
+        ("peak_mb", "memory"),
+    ):
         slope = float(np.polyfit(logs, np.log([row[key] for _, row in known]), 1)[0])
         bench.bar(f"slope of log {name} over log sites", slope, 1.0, at_least=False)
     small, large = known[0][1]["peak_mb"], known[-1][1]["peak_mb"]
@@ -293,8 +302,18 @@ def show_3(bench: Bench) -> None:
     _draw(known, bench)
 
 
+def show_4(bench: Bench) -> None:
+    """A study full of trouble ends, and its report says what happened to whom."""
+    from simulation_checks import share_of_happenings_in_the_report
+
+    share, counts = share_of_happenings_in_the_report()
+    said = ", ".join(f"{kind} {number}" for kind, number in sorted(counts.items()))
+    bench.notes.append(f"ten sites, twelve rounds: {said}")
+    bench.bar("share of happenings that the report names", share, 1.0, at_least=True)
+
+
 def _draw(known: list[tuple[int, dict[str, Any]]], bench: Bench) -> None:
-    if bench.arguments.picture is None:
+    if bench.arguments.figure is None:
         return
     from matplotlib.figure import Figure
 
@@ -305,7 +324,7 @@ def _draw(known: list[tuple[int, dict[str, Any]]], bench: Bench) -> None:
         axes.set_xlabel("sites")
         axes.set_ylabel(label)
         axes.grid(visible=True, which="both", alpha=0.3)
-    figure.savefig(bench.arguments.picture)
+    figure.savefig(bench.arguments.figure)
 
 
 def show_5(bench: Bench) -> None:
@@ -322,7 +341,7 @@ def show_5(bench: Bench) -> None:
         bench.measure([VECTORISED, VECTORISED_PRIVATE, PFL], sites=sites)
 
 
-SHOWS = {1: show_1, 2: show_2, 3: show_3, 5: show_5}
+SHOWS = {1: show_1, 2: show_2, 3: show_3, 4: show_4, 5: show_5}
 
 
 def main() -> None:
@@ -333,10 +352,12 @@ def main() -> None:
     parser.add_argument("--peers", type=Path, help="folder that peers/setup.sh filled")
     parser.add_argument("--show", type=int, choices=sorted(SHOWS), action="append")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--picture", type=Path, help="where show 3 draws, .svg or .png")
+    parser.add_argument("--figure", type=Path, help="where show 3 draws, .svg or .png")
     bench = Bench(parser.parse_args())
     sys.path.insert(0, str(HERE))
-    for number in bench.arguments.show or ([1, 3] if bench.arguments.quick else sorted(SHOWS)):
+    for number in bench.arguments.show or (
+        [1, 2, 3, 4] if bench.arguments.quick else sorted(SHOWS)
+    ):
         SHOWS[number](bench)
     if bench.arguments.json:
         value = {"rows": bench.rows, "notes": bench.notes, "bars": bench.bars}

@@ -1,7 +1,9 @@
 """A site's answers to what a coordinator may ask: admit, train, evaluate, take a release."""
 
+import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,6 @@ from fedward.core.toml import build
 from fedward.privacy.ledger import Reservation
 from fedward.privacy.mechanisms import add_noise
 from fedward.strategies.strategy import Vector
-from fedward.tasks.parameters import to_vector
 from fedward.tasks.registry import get_task
 from fedward.tasks.subgroups import groupings
 from fedward.tasks.task import Sums
@@ -52,16 +53,15 @@ def admit_study(site: LocalSite, request: Payload) -> Payload:
         DataError: The site's data cannot be read as the task needs them.
         ConfigError: The study names a field that there is not.
     """
-    study = build(request.record.get("study", {}), Study, file="study of the coordinator")
+    study = _read_study(json.dumps(request.record.get("study", {}), sort_keys=True))
     if study.hash != request.record.get("hash"):
         raise UpdateRejected(site="coordinator", reason="the study does not have its hash")
     check_policy(site.site, study)
     task = get_task(study.study.task)
     groupings(task.schema, study.evaluation.subgroups)
-    size = to_vector(task.model(study.model.name, **study.model.args)).size
     site.examples(task, study)
     roster = site.roster() if study.aggregation.secure else None
-    plan = plan_site(study, site.site, sites=len(roster or ()), size=size)
+    plan = plan_site(study, site.site, sites=len(roster or ()), size=site.size(study))
     admitted = Admitted(study, plan)
     head = None
     if study.privacy.mode != "none":
@@ -79,6 +79,12 @@ def admit_study(site: LocalSite, request: Payload) -> Payload:
     }
     signature = site.identity.sign(canonical_json(terms)).hex()
     return Payload({"terms": terms, "signature": signature})
+
+
+@lru_cache(maxsize=64)
+def _read_study(text: str) -> Study:
+    """What a coordinator sends, once for all the sites of a simulation."""
+    return build(json.loads(text), Study, file="study of the coordinator")
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,35 +153,38 @@ def begin_round(site: LocalSite, request: Payload) -> Round:
     if not isinstance(number, int) or not 1 <= number <= admitted.plan.rounds:
         raise UpdateRejected(site="coordinator", reason=f"there is no round {number}")
     parameters = site.check_parameters(admitted.study, request.arrays.get("parameters"))
-    begun = Round(
-        admitted,
-        parameters,
-        number,
-        masked=MaskedRound(site, request) if admitted.study.aggregation.secure else None,
-    )
-    return begun if admitted.study.privacy.mode == "none" else _pay(site, begun)
+    masked = MaskedRound(site, request) if admitted.study.aggregation.secure else None
+    if admitted.study.privacy.mode == "none":
+        return Round(admitted, parameters, number, masked=masked)
+    return _pay(site, admitted, parameters, number, masked)
 
 
-def _pay(site: LocalSite, begun: Round) -> Round:
+def _pay(
+    site: LocalSite,
+    admitted: Admitted,
+    parameters: Vector,
+    number: int,
+    masked: MaskedRound | None,
+) -> Round:
     """Reserve the price of a private round, unless what was paid for before is sent again."""
-    study, number = begun.admitted.study, begun.number
-    asked = digest(begun.parameters.tobytes())
-    budget = site.budget(begun.admitted)
+    study, begin = admitted.study, partial(Round, admitted, parameters, number, masked=masked)
+    asked = site.fingerprint(parameters)
+    budget = site.budget(admitted)
     kept = site.outbox(study).newest()
     settled = site.ledger.settled_digest(study=study.hash, round_number=number)
     if kept is not None and (kept.round_number, kept.asked) == (number, asked):
         sent = digest(kept.update.tobytes())
         if sent == settled:
-            return replace(begun, again=kept.update)
+            return begin(again=kept.update)
         unsettled = budget.begun(number)
         if unsettled is not None:
-            return replace(begun, reservation=unsettled, again=kept.update)
+            return begin(reservation=unsettled, again=kept.update)
     if settled is not None:
         if site.simulated:
             # The seed gives the same bytes again, so that nothing need be kept of them.
-            return replace(begun, expected=settled)
+            return begin(expected=settled)
         raise UpdateRejected(site="coordinator", reason=_ANSWERED.format(number))
-    return replace(begun, asked=asked, reservation=budget.reserve_round(number))
+    return begin(asked=asked, reservation=budget.reserve_round(number))
 
 
 def finish_round(site: LocalSite, begun: Round, update: Vector) -> Payload:

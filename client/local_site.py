@@ -19,6 +19,7 @@ from fedward.client.outbox import Keeper, Outbox
 from fedward.client.plan import SitePlan, training_plan
 from fedward.client.sources import read_source, split
 from fedward.client.training import train
+from fedward.core.canonical import digest
 from fedward.core.errors import AdmissionRefused, UpdateRejected
 from fedward.core.files import write_atomic
 from fedward.core.identity import Identity, PublicIdentity
@@ -198,21 +199,29 @@ class LocalSite:
         noise = self.source(study, "train", round_number)
         return train(model, task.loss, training, plan=plan, noise=noise).update
 
+    def size(self, study: Study) -> int:
+        """Number of parameters of the study's model."""
+        if study.hash not in self._sizes:
+            model = get_task(study.study.task).model(study.model.name, **study.model.args)
+            self._sizes[study.hash] = to_vector(model).size
+        return self._sizes[study.hash]
+
     def check_parameters(self, study: Study, parameters: Vector | None) -> Vector:
         """Hold a coordinator's parameters against the study's model.
 
         Raises:
             UpdateRejected: They are not a vector of the model's size.
         """
-        if study.hash not in self._sizes:
-            model = get_task(study.study.task).model(study.model.name, **study.model.args)
-            self._sizes[study.hash] = to_vector(model).size
-        size = self._sizes[study.hash]
+        size = self.size(study)
         if parameters is None or parameters.dtype != np.float32 or parameters.shape != (size,):
             raise UpdateRejected(
                 site="coordinator", reason=f"its parameters are not float32 of shape {(size,)}"
             )
         return parameters
+
+    def fingerprint(self, parameters: Vector) -> str:
+        """SHA-256 of the parameters that a round starts from."""
+        return digest(parameters.tobytes())
 
     def _split_key(self, study: Study) -> bytes:
         if self.simulated:

@@ -104,6 +104,11 @@ def print_sweep(result: Mapping[str, Any]) -> None:
     for folder, problem in result["failed"].items():
         _OUT.print(f"failed: {folder}: {problem}", style="yellow")
     _OUT.print(f"{len(result['runs'])} runs, table and picture: {result['folder']}")
+    if result["parquet"] is None:
+        _OUT.print(
+            r"every metric is in sweep.csv; for sweep.parquet: pip install 'fedward\[parquet]'",
+            style="dim",
+        )
 
 
 def print_result(result: Mapping[str, Any]) -> None:

@@ -49,23 +49,22 @@ def collect_outcome(execution: Execution, parameters: Vector) -> Outcome:
     """Ask every member for the final model's metrics, as sums, and for what the run has spent."""
     study, run = execution.study, execution.run
     request = Payload({"hash": study.hash}, {"parameters": parameters})
-    sums: dict[str, Sums] = {}
     statements: dict[str, Any] = {}
     private = study.privacy.mode != "none"
+    tally = Tally(execution.task, private=private)
+    shapes = _shapes_of_sums(execution.task, study)
     after_last = study.study.rounds + 1
     for member, reply in execution.ask_all("evaluate.metrics", request, round_number=after_last):
         try:
             payload = _read_reply(member, reply)
-            sums[member.site] = _read_sums(member, payload, execution.task, study)
+            sums = _read_sums(member, payload, shapes)
             statements[member.site] = payload.record["privacy"]
         except (UpdateRejected, KeyError) as error:
             run.event("not evaluated", site=member.site, reason=str(error))
             continue
+        tally.add(member.site, sums)
         run.event("evaluated", site=member.site)
-    metrics = summarise_sites(
-        execution.task, {site: of_everybody(part) for site, part in sums.items()}, private=private
-    )
-    metrics |= _across_sites(study, execution.task, sums)
+    metrics = tally.metrics() | _across_sites(study, execution.task, tally)
     statement = _statement(
         study,
         execution.members,
@@ -76,29 +75,54 @@ def collect_outcome(execution: Execution, parameters: Vector) -> Outcome:
     return Outcome(metrics, statement)
 
 
-def summarise_sites(
-    task: Task, sums: Mapping[str, Sums], *, private: bool = False
-) -> dict[str, Any]:
-    """Metrics of each site, of all patients pooled, their mean over sites and the worst site.
+class Tally:
+    """Metrics of sites as their sums come in; of all the sums only the total is kept.
 
     Args:
         task: Whose metrics.
-        sums: By site, what `Task.metrics` counted.
         private: The sums are `Task.private_metrics`, with noise.
+
+    Attributes:
+        total: The sums of all sites so far, of subgroups too; None before the first.
     """
-    summarise = task.summarise_private if private else task.summarise
-    sites = {site: summarise(part) for site, part in sums.items()}
-    if not sites:
-        return {"pooled": {}, "mean": {}, "worst": {}, "sites": {}}
-    names = sorted({name for values in sites.values() for name in values} - {"num_examples"})
-    means = {
-        name: float(np.mean([values[name] for values in sites.values() if name in values]))
-        for name in names
-    }
-    ranked = [(values["auroc"], site) for site, values in sites.items() if "auroc" in values]
-    worst = {"site": min(ranked)[1], "auroc": min(ranked)[0]} if ranked else {}
-    pooled = summarise(add_sums(sums.values()))
-    return {"pooled": pooled, "mean": means, "worst": worst, "sites": sites}
+
+    def __init__(self, task: Task, *, private: bool = False) -> None:
+        self._summarise = task.summarise_private if private else task.summarise
+        self._sites: dict[str, dict[str, float]] = {}
+        self.total: Sums | None = None
+
+    def add(self, site: str, sums: Sums) -> None:
+        """Take in a site, which is new."""
+        self._sites[site] = self._summarise(of_everybody(sums))
+        self.total = add_sums([sums] if self.total is None else [self.total, sums])
+
+    @property
+    def sites(self) -> int:
+        """How many."""
+        return len(self._sites)
+
+    def metrics(self) -> dict[str, Any]:
+        """Of each site, of all patients pooled, their mean over sites, and the worst site's."""
+        sites = self._sites
+        if self.total is None:
+            return {"pooled": {}, "mean": {}, "worst": {}, "sites": {}}
+        names = sorted({name for values in sites.values() for name in values} - {"num_examples"})
+        means = {
+            name: float(np.mean([values[name] for values in sites.values() if name in values]))
+            for name in names
+        }
+        ranked = [(values["auroc"], site) for site, values in sites.items() if "auroc" in values]
+        worst = {"site": min(ranked)[1], "auroc": min(ranked)[0]} if ranked else {}
+        pooled = self._summarise(of_everybody(self.total))
+        return {"pooled": pooled, "mean": means, "worst": worst, "sites": sites}
+
+
+def summarise_sites(task: Task, sums: Mapping[str, Sums]) -> dict[str, Any]:
+    """What `Tally` makes of the sums of all sites, by site."""
+    tally = Tally(task)
+    for site, part in sums.items():
+        tally.add(site, part)
+    return tally.metrics()
 
 
 def publish_outcome(
@@ -199,31 +223,36 @@ def _read_reply(member: Member, reply: Reply) -> Payload:
     return reply.payload
 
 
-def _read_sums(member: Member, payload: Payload, task: Task, study: Study) -> Sums:
+def _shapes_of_sums(task: Task, study: Study) -> dict[str, tuple[int, ...]]:
     nobody = task.metrics(torch.zeros(0, 1), torch.zeros(0))
     one = task.private_metrics(nobody) if study.privacy.mode != "none" else nobody
     groups = groupings(task.schema, study.evaluation.subgroups)
     expected = with_groups(one, {(g.field, i): one for g in groups for i in range(len(g.labels))})
-    shapes = {name: np.shape(array) for name, array in expected.items()}
+    return {name: np.shape(array) for name, array in expected.items()}
+
+
+def _read_sums(
+    member: Member, payload: Payload, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, NDArray[np.float64]]:
     given = {name: array.shape for name, array in payload.arrays.items()}
     if given != shapes or not all(np.isfinite(a).all() for a in payload.arrays.values()):
         raise UpdateRejected(site=member.site, reason="its metrics have another form")
     return {name: array.astype(np.float64) for name, array in payload.arrays.items()}
 
 
-def _across_sites(study: Study, task: Task, sums: Mapping[str, Sums]) -> dict[str, Any]:
+def _across_sites(study: Study, task: Task, tally: Tally) -> dict[str, Any]:
     """Calibration of everybody, and metrics of subgroups: of all sites together."""
-    if not sums:
+    total = tally.total
+    if total is None:
         return {}
     private = study.privacy.mode != "none"
-    total = add_sums(sums.values())
     everybody = of_everybody(total)
     coarse = everybody if private else task.private_metrics(everybody)
     summarise = task.summarise_private if private else task.summarise
     std = 0.0
     if private:
         one = calibrate_gaussian(epsilon=study.privacy.epsilon or 0.0, delta=study.privacy.delta)
-        std = one * math.sqrt((1 + len(study.evaluation.subgroups)) * len(sums))
+        std = one * math.sqrt((1 + len(study.evaluation.subgroups)) * tally.sites)
     found: dict[str, Any] = {"calibration": task.calibration(coarse), "noise_std": std}
     groups = groupings(task.schema, study.evaluation.subgroups)
     if groups:

@@ -21,7 +21,8 @@ from fedward.client.training.optimizers import FlatOptimizer
 from fedward.client.training.plan import Private, TrainingPlan
 from fedward.client.training.prefetch import drawing_ahead
 from fedward.client.training.sampler import Batch, PoissonSampler
-from fedward.privacy.mechanisms.noise import NoiseSource, add_noise
+from fedward.privacy.mechanisms.noise import NoiseSource
+from fedward.privacy.mechanisms.rows import add_noise_to_rows
 from fedward.simulations.stacked import StackedBatch, StackedSum, make_stacked_sum
 from fedward.strategies.strategy import Vector
 from fedward.tasks.task import Examples
@@ -249,12 +250,12 @@ class Cohort:
         self, total: Tensor, plans: Sequence[TrainingPlan], sources: Sequence[NoiseSource]
     ) -> Tensor:
         """Every site's sum with that site's noise; afterwards nothing looks at a patient."""
-        sums = total.cpu().numpy()
-        for number, (plan, source) in enumerate(zip(plans, sources, strict=False)):
-            if isinstance(plan.guarantee, Private):
-                std = plan.guarantee.noise_multiplier * plan.guarantee.clip_norm
-                sums[number] = add_noise(sums[number], std=std, source=source)
-        return torch.from_numpy(sums).to(self._device)
+        released = add_noise_to_rows(
+            total.cpu().numpy(),
+            stds=[_noise_of(plan) for plan in plans],
+            sources=sources[: len(plans)],
+        )
+        return torch.from_numpy(released).to(self._device)
 
     def _alone(self, flat: Tensor, batch: StackedBatch, number: int) -> Tensor:
         """One site's step by the code of a single site, which leaves out what is not finite."""
@@ -290,6 +291,13 @@ class Cohort:
                 begin += p.numel()
             start += p.numel()
         return whole
+
+
+def _noise_of(plan: TrainingPlan) -> float:
+    """Standard deviation of the noise on a sum of clipped gradients."""
+    if not isinstance(plan.guarantee, Private):
+        raise TypeError("training without privacy adds no noise")
+    return plan.guarantee.noise_multiplier * plan.guarantee.clip_norm
 
 
 def _common(plans: Sequence[TrainingPlan]) -> TrainingPlan:

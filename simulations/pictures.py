@@ -14,8 +14,6 @@ from matplotlib.figure import Figure
 INK, MUTED, GRID = "#1f2a37", "#6b7280", "#e5e7eb"
 COLOURS = ("#9ca3af", "#4b5563", "#0f766e", "#b45309", "#7c3aed")
 
-_NAMED, _LEVEL = 30, 8  # sites whose names fit below their bars, and fit without turning
-
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "fedward",
@@ -58,31 +56,6 @@ def auc_by_hospital(results: Mapping[str, Mapping[str, Any]]) -> str:
             loc="upper center", ncols=len(results), frameon=False, fontsize=9, handletextpad=0.1
         )
     return _svg(figure, "AUC by hospital and method")
-
-
-def sites_by_class(counts: Mapping[str, Mapping[str, int]], *, label: str) -> str:
-    """A bar a site, its height the number of patients, its parts the classes.
-
-    Args:
-        counts: By site, patients by class.
-        label: What the classes are of.
-    """
-    figure, axes = _figure(6.6, 2.6)
-    places = np.arange(len(counts))
-    below = np.zeros(len(counts))
-    for number, name in enumerate(next(iter(counts.values()))):
-        heights = np.array([site[name] for site in counts.values()], dtype=float)
-        colour = (COLOURS[0], COLOURS[2], *COLOURS[3:])[number % 4]
-        axes.bar(places, heights, 0.8, below, color=colour, label=f"{label} {name}")
-        below += heights
-    few = len(counts) <= _NAMED
-    axes.set_xticks(places if few else [], list(counts) if few else [])
-    axes.tick_params(axis="x", rotation=0 if len(counts) <= _LEVEL else 60)
-    axes.set_xlabel("" if few else "sites")
-    axes.set_ylabel("patients")
-    _frame(axes, "y")
-    figure.legend(loc="upper center", ncols=4, frameon=False, fontsize=9)
-    return _svg(figure, "patients of each site by class")
 
 
 def sweep(summary: Sequence[Mapping[str, Any]], *, axes: Sequence[str]) -> str:

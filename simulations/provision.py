@@ -172,7 +172,7 @@ def _embedded_sites(study: Study, folder: Path, *, durable: bool) -> dict[Path, 
         sizes = {name: len(rows) for name, rows in partition.rows.items()}
         path = f"../{_ROWS}"
     (folder / "sites").mkdir(parents=True, exist_ok=True)
-    made = {}
+    made, policy = dict[Path, Site](), None
     for name, public_size in sizes.items():
         if name in study.simulation.leave_out:
             continue
@@ -180,7 +180,10 @@ def _embedded_sites(study: Study, folder: Path, *, durable: bool) -> dict[Path, 
         file = folder / "sites" / f"{name}.toml"
         # Not flushed: a power cut costs no more than a simulation begun anew.
         file.write_text(_COMMENT + _toml(values), encoding="utf-8")
-        made[file] = Site.model_validate(values)
+        site = Site.model_validate(values)
+        # One policy in memory for all, who have the same: most of what is known of a small site.
+        policy = policy or site.policy
+        made[file] = site.model_copy(update={"policy": policy}) if policy == site.policy else site
     return made
 
 

@@ -75,6 +75,7 @@ class MemorySite(SimulatedSite):
         self._outboxes: dict[str, MemoryOutbox] = {}
         self._rounds: dict[str, tuple[PoissonSampler, TrainingPlan]] = {}
         super().__init__(file, scenario, site=site)
+        self._sizes = shared.sizes
 
     def _open_state(self) -> None:
         """Nothing is on disk."""
@@ -143,9 +144,17 @@ class MemorySite(SimulatedSite):
         """As a site's; what was checked for one site is good for the others."""
         if parameters is not None and self._shared.checked is parameters:
             return parameters
-        self._sizes = self._shared.sizes
         self._shared.checked = super().check_parameters(study, parameters)
+        self._shared.fingerprint = None
         return self._shared.checked
+
+    def fingerprint(self, parameters: Vector) -> str:
+        """As a site's; taken once of what all sites are sent."""
+        if self._shared.checked is not parameters:
+            return super().fingerprint(parameters)
+        if self._shared.fingerprint is None:
+            self._shared.fingerprint = super().fingerprint(parameters)
+        return self._shared.fingerprint
 
 
 class PartitionSite(MemorySite):
@@ -193,6 +202,7 @@ class Shared:
         self.ledgers = ledgers
         self.sizes: dict[str, int] = {}
         self.checked: Vector | None = None
+        self.fingerprint: str | None = None
         self._rows: dict[Path, dict[str, NDArray[np.int64]]] = {}
         self._models: dict[str, tuple[Task, nn.Module]] = {}
         self._trainers: dict[str, Trainer] = {}

@@ -1,7 +1,7 @@
 """What a strategy is: a frozen value with pure methods over flat vectors."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import numpy as np
@@ -40,7 +40,7 @@ class State:
             raise ValueError(f"weight {weight} is not positive and finite")
         total = np.zeros(update.shape) if self.total is None else self.total
         total += weight * update.astype(np.float64)
-        return replace(self, total=total, weight=self.weight + weight)
+        return State(self.parameters, total, self.weight + weight, self.memory)
 
 
 class Strategy(Protocol):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -281,3 +282,27 @@ def test_a_count_is_released_with_the_noise_that_its_event_names() -> None:
     assert release_count(0, noise_multiplier=1e-9, source=source)[0] == 0
     with pytest.raises(ValueError, match="not negative"):
         release_count(-1, noise_multiplier=1.0, source=source)
+
+
+def test_a_generator_that_is_used_again_starts_where_a_new_one_would() -> None:
+    key = hashlib.sha256(json.dumps([7, "cleveland", 3]).encode()).digest()
+    for _ in range(3):
+        fresh = np.random.Generator(np.random.Philox(np.random.SeedSequence(int.from_bytes(key))))
+        source = simulated_source(7, "cleveland", 3)
+
+        np.testing.assert_array_equal(source.uniform(7), fresh.random(7))
+        np.testing.assert_array_equal(source.gaussian(5, std=1.0), fresh.standard_normal(5))
+
+        # What it leaves half-used must not show in the next one.
+        other = simulated_source(8)
+        other.gaussian(3, std=1.0)
+        del source, other
+
+
+def test_sources_that_live_at_the_same_time_do_not_share_a_generator() -> None:
+    first, second = simulated_source(1), simulated_source(2)
+    expected = simulated_source(1).uniform(6)
+
+    drawn = [first.uniform(2), second.uniform(2), first.uniform(2), second.uniform(2)]
+
+    np.testing.assert_array_equal(np.concatenate([drawn[0], drawn[2]]), expected[:4])

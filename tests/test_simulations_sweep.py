@@ -8,11 +8,14 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from pyarrow import parquet
 from studies import EPSILON_4, write_study
 
+from fedward.console import print_sweep
 from fedward.core.errors import ConfigError
 from fedward.core.study import parse_study
 from fedward.simulations.sweep import plan_sweep, run_sweep, write_toml
+from fedward.simulations.sweep_results import write_results
 
 
 def test_a_plan_has_every_combination_for_every_seed(tmp_path: Path) -> None:
@@ -75,8 +78,26 @@ def test_a_sweep_runs_ends_in_a_table_and_is_not_run_again(tmp_path: Path) -> No
     assert [r["pooled.auroc"] for r in second["runs"]] == [r["pooled.auroc"] for r in first["runs"]]
     with (tmp_path / "out" / "sweep.csv").open() as file:
         assert len(list(csv.DictReader(file))) == 4
+    table = parquet.read_table(tmp_path / "out" / "sweep.parquet")
+    assert table.column("pooled.auroc").to_pylist() == [r["pooled.auroc"] for r in second["runs"]]
+    assert set(table.column_names) == {name for row in second["runs"] for name in row}
     assert (tmp_path / "out" / "sweep.svg").read_text().startswith("<svg")
     assert not list(tmp_path.glob(".*.toml"))
+
+
+def test_without_pyarrow_the_table_is_there_and_what_to_install_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)  # importing it fails
+    rows = [{"run": "a", "seconds": 1.0, "pooled.auroc": 0.8, "privacy.epsilon_spent": None}]
+
+    result = write_results(rows, tmp_path, axes=[], failed={})
+    print_sweep(result)
+
+    assert result["parquet"] is None
+    assert not (tmp_path / "sweep.parquet").exists()
+    assert (tmp_path / "sweep.csv").read_text().splitlines()[1].startswith("a,1.0,0.8")
+    assert "fedward[parquet]" in "".join(capsys.readouterr().out.split())
 
 
 def test_the_command_line_sweeps(tmp_path: Path) -> None:

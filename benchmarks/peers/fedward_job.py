@@ -1,6 +1,7 @@
 """The job on Fedward, whole: study, admission, ledgers, rounds, evaluation, signed release."""
 
 import json
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -43,6 +44,7 @@ def main() -> None:
     from fedward.tasks.parameters import from_vector
 
     torch.set_num_threads(1)
+    os.environ["FEDWARD_BENCHMARK_DATA"] = str(Path(sys.argv[1]) / "data.npz")
     settings = json.loads((Path(sys.argv[1]) / "job.json").read_text())
     engine, private = sys.argv[2], "private" in sys.argv[3:]
     device = "cuda" if "cuda" in sys.argv[3:] else "cpu"

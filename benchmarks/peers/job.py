@@ -46,8 +46,8 @@ def load(folder: str) -> Job:
     data = np.load(Path(folder) / "data.npz")
     kind = torch.float32 if settings["model"] == "logistic" else torch.int64
     x, y = torch.from_numpy(data["train_x"]), torch.from_numpy(data["train_y"]).to(kind)
-    starts = data["starts"]
-    rows = [torch.from_numpy(data["rows"][a:b]) for a, b in pairwise(starts)]
+    chosen = torch.from_numpy(data["rows"])
+    rows = [chosen[a:b] for a, b in pairwise(data["starts"])]
     test = torch.from_numpy(data["test_x"]), torch.from_numpy(data["test_y"])
     return Job([(x[r], y[r]) for r in rows], test, **settings)
 

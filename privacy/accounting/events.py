@@ -12,9 +12,11 @@ Everything else is refused where it is built, read or priced: an event that is n
 no price. dp-accounting takes a second to import, so it is imported where an event is made.
 """
 
+import marshal
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 DpEvent: TypeAlias = Any
@@ -24,6 +26,9 @@ Kind = Literal["gaussian", "poisson-gaussian", "zcdp"]
 
 _MAX_COUNT = 10**9
 _MAX_DEPTH = 8
+_MARSHAL = 2  # the last version in which equal values have equal bytes
+_MOST_WRITTEN = 4096
+_written: "dict[bytes, Leaves]" = {}
 
 
 class Leaf(NamedTuple):
@@ -70,15 +75,21 @@ def dp_sgd_event(*, noise_multiplier: float, sample_rate: float, steps: int) -> 
     Raises:
         ValueError: An argument is outside its range.
     """
-    from dp_accounting import dp_event
-
     _positive("noise_multiplier", noise_multiplier)
     _rate(sample_rate)
     _count(steps)
-    step = dp_event.GaussianDpEvent(float(noise_multiplier))
+    return _dp_sgd(float(noise_multiplier), float(sample_rate), int(steps))
+
+
+# Sites ask for the same event in every round, and an event never changes.
+@lru_cache(maxsize=4096)
+def _dp_sgd(noise_multiplier: float, sample_rate: float, steps: int) -> DpEvent:
+    from dp_accounting import dp_event
+
+    step = dp_event.GaussianDpEvent(noise_multiplier)
     if sample_rate < 1:
-        step = dp_event.PoissonSampledDpEvent(float(sample_rate), step)
-    return dp_event.SelfComposedDpEvent(step, int(steps))
+        step = dp_event.PoissonSampledDpEvent(sample_rate, step)
+    return dp_event.SelfComposedDpEvent(step, steps)
 
 
 def adaptive_clipping_event(
@@ -154,9 +165,39 @@ def leaves(event: DpEvent) -> Leaves:
     Raises:
         ValueError: The event, or a part of it, is of a kind that Fedward does not price.
     """
+    try:
+        return _known_leaves(event).copy()
+    except TypeError:  # a composition holds a list, which has no hash
+        return _found_leaves(event)
+
+
+def leaves_from_json(value: Any) -> Leaves:
+    """`leaves(event_from_json(value))`, remembered: a ledger reads the same event every round.
+
+    Not to be changed: who asks again gets the same.
+
+    Raises:
+        ValueError: As those.
+    """
+    try:
+        key = marshal.dumps(value, _MARSHAL)
+    except ValueError:  # not JSON, which is refused below
+        return leaves(event_from_json(value))
+    if key not in _written:
+        if len(_written) >= _MOST_WRITTEN:
+            _written.clear()
+        _written[key] = leaves(event_from_json(value))
+    return _written[key]
+
+
+def _found_leaves(event: DpEvent) -> Leaves:
     found: Leaves = Counter()
     _collect(event, 1, found, 0)
     return found
+
+
+# What was counted is copied before anybody may change it.
+_known_leaves = lru_cache(maxsize=4096)(_found_leaves)
 
 
 def event_of(counted: Mapping[Leaf, int]) -> DpEvent:

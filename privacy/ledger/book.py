@@ -23,6 +23,7 @@ from fedward.privacy.ledger.records import (
     Population,
     Reservation,
 )
+from fedward.privacy.ledger.state import holds
 from fedward.privacy.ledger.verification import check_head, replay
 from fedward.privacy.ledger.views import Point, entries, export, history
 
@@ -216,12 +217,12 @@ class Ledger:
             account = self._journal.state.studies.get(study)
             if account is None or not account.open:
                 raise ValueError(f"study {study} has no open allotment; allot first")
-            if set(asked) - set(account.allotted):
+            if not asked.keys() <= account.allotted.keys():
                 raise ValueError(
                     f"round {round_number} of study {study} runs a mechanism that its allotment "
                     "does not hold: the noise or the sample rate differs"
                 )
-            if not asked <= account.rest:
+            if not holds(account.rest, asked):
                 raise self._exhausted(study, asked)
             seq = self._journal.append(
                 "reserve",
@@ -268,18 +269,16 @@ class Ledger:
         A site that kept this update may send it again: it is the same release, and spends nothing.
         """
         with self._journal.current():
-            for found in reversed(self._journal.state.reservations.values()):
-                same = (found.study, found.round_number) == (study, round_number)
-                if same and found.update_digest:
+            for _, found in self._journal.state.newest_first(study, round_number):
+                if found.update_digest:
                     return found.update_digest
         return None
 
     def unsettled(self, *, study: str, round_number: int) -> Reservation | None:
         """The newest reservation of a round that no update was settled with, or None."""
         with self._journal.current():
-            for seq, found in reversed(self._journal.state.reservations.items()):
-                same = (found.study, found.round_number) == (study, round_number)
-                if same and not found.update_digest:
+            for seq, found in self._journal.state.newest_first(study, round_number):
+                if not found.update_digest:
                     return Reservation(study=study, round_number=round_number, seq=seq)
         return None
 

@@ -60,13 +60,20 @@ class Journal:
         with self._lock:
             return storage.rows(self._connection)
 
-    @contextlib.contextmanager
-    def change(self) -> Iterator[None]:
+    def change(self) -> contextlib.AbstractContextManager[object]:
         """One exclusive transaction, which starts from what is in the file now.
 
         Raises:
             PrivacyError: The file cannot be written: the disk is full, or somebody holds it.
         """
+        return self._change()
+
+    def current(self) -> contextlib.AbstractContextManager[object]:
+        """A look at what is in the file now."""
+        return self._current()
+
+    @contextlib.contextmanager
+    def _change(self) -> Iterator[None]:
         with self._lock:
             self._stay_home()
             self._signer()
@@ -86,8 +93,7 @@ class Journal:
                 ) from error
 
     @contextlib.contextmanager
-    def current(self) -> Iterator[None]:
-        """A look at what is in the file now."""
+    def _current(self) -> Iterator[None]:
         with self._lock:
             self._stay_home()
             with storage.snapshot(self._connection):

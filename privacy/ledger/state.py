@@ -1,13 +1,13 @@
 """What a ledger's entries add up to: a state machine without any input or output."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from fedward.core.errors import LedgerCorrupt
-from fedward.privacy.accounting import Unit, event_from_json
-from fedward.privacy.accounting.events import Leaves, leaves
+from fedward.privacy.accounting import Unit
+from fedward.privacy.accounting.events import Leaves, leaves_from_json
 from fedward.privacy.ledger.records import POPULATIONS, Population
 
 _STRENGTH: tuple[Unit, ...] = ("record", "patient", "site")
@@ -43,6 +43,11 @@ class ReservedRound:
     update_digest: str = ""
 
 
+def holds(rest: Leaves, asked: Leaves) -> bool:
+    """Whether what is asked is part of the rest."""
+    return all(rest[leaf] >= count for leaf, count in asked.items())
+
+
 class State:
     """The accounts of a site, as of the last entry that was applied."""
 
@@ -50,6 +55,14 @@ class State:
         self.genesis: dict[str, Any] = {}
         self.studies: dict[str, StudyState] = {}
         self.reservations: dict[int, ReservedRound] = {}
+        self._of_round: dict[tuple[str, int], list[int]] = {}
+        self._rules: dict[str, Callable[[dict[str, Any]], None]] = {
+            "genesis": self._genesis,
+            "allot": self._allot,
+            "reserve": self._reserve,
+            "settle": self._settle,
+            "close": self._close,
+        }
         self._spent: dict[Population, Leaves] = {name: Counter() for name in POPULATIONS}
         self._units: dict[Population, set[Unit]] = {name: set() for name in POPULATIONS}
 
@@ -60,19 +73,17 @@ class State:
             LedgerCorrupt: The entries before it do not permit it. A ledger never writes such an
                 entry, so the file was tampered with.
         """
-        rules: dict[str, Callable[[dict[str, Any]], None]] = {
-            "genesis": self._genesis,
-            "allot": self._allot,
-            "reserve": self._reserve,
-            "settle": self._settle,
-            "close": self._close,
-        }
         if (body["kind"] == "genesis") != (body["seq"] == 0):
             raise LedgerCorrupt(f"entry {body['seq']} is a {body['kind']}: not what stands there")
         try:
-            rules[body["kind"]](body)
+            self._rules[body["kind"]](body)
         except (ValueError, KeyError, TypeError) as error:
             raise LedgerCorrupt(f"entry {body['seq']} does not make sense: {error}") from error
+
+    def newest_first(self, study: str, round_number: int) -> Iterator[tuple[int, ReservedRound]]:
+        """A round's reservations, by entry."""
+        for seq in reversed(self._of_round.get((study, round_number), ())):
+            yield seq, self.reservations[seq]
 
     def spent(self, population: Population) -> Leaves:
         """All that was reserved on a population: its own, and what is charged to everybody.
@@ -109,21 +120,27 @@ class State:
             study.open, study.population, study.unit = True, population, unit
         elif (study.population, study.unit) != (population, unit):
             raise ValueError(f"study {name} is open for another population or unit")
-        event = leaves(event_from_json(body["event"]))
+        event = leaves_from_json(body["event"])
         study.allotments.append(body["seq"])
         study.allotted = study.allotted + event
         study.rest = study.rest + event
 
     def _reserve(self, body: dict[str, Any]) -> None:
         study = self._open(body["study"])
-        event = leaves(event_from_json(body["event"]))
-        if not event <= study.rest:
+        event = leaves_from_json(body["event"])
+        if not holds(study.rest, event):
             raise ValueError(f"study {body['study']} reserves more than it was allotted")
-        study.rest = study.rest - event
-        study.reserved = study.reserved + event
-        self._spent[study.population].update(event)
+        spent = self._spent[study.population]
+        for leaf, count in event.items():
+            study.rest[leaf] -= count
+            study.reserved[leaf] += count
+            spent[leaf] += count
+            if not study.rest[leaf]:
+                del study.rest[leaf]
         self._units[study.population].add(study.unit)
-        self.reservations[body["seq"]] = ReservedRound(body["study"], int(body["round"]))
+        number = int(body["round"])
+        self.reservations[body["seq"]] = ReservedRound(body["study"], number)
+        self._of_round.setdefault((body["study"], number), []).append(body["seq"])
 
     def _settle(self, body: dict[str, Any]) -> None:
         reservation = self.reservations[body["reservation"]]

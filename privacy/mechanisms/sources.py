@@ -110,9 +110,17 @@ class SimulatedSource:
     def __init__(self, key: bytes) -> None:
         self._lock = threading.Lock()
         # Philox under a hash of the seed: streams of different seeds have nothing in common.
-        self._generator = np.random.Generator(
-            np.random.Philox(np.random.SeedSequence(int.from_bytes(key)))
-        )
+        words = np.random.SeedSequence(int.from_bytes(key)).generate_state(4).view(np.uint64)
+        self._generator = _idle.pop() if _idle else np.random.Generator(np.random.Philox(0))
+        self._generator.bit_generator.state = {
+            **_PHILOX,
+            "state": {"counter": _NO_WORDS, "key": words},
+        }
+
+    def __del__(self) -> None:
+        """Leave the generator to the next source: making one takes longer than setting its key."""
+        if len(_idle) < _MOST_IDLE:
+            _idle.append(self._generator)
 
     def uniform(self, size: int) -> NDArray[np.float64]:
         """See `NoiseSource`."""
@@ -125,6 +133,18 @@ class SimulatedSource:
             drawn = self._generator.standard_normal(_size(size))
         drawn *= _std(std)
         return drawn
+
+
+_MOST_IDLE = 4096
+_idle: list[np.random.Generator] = []  # of sources that are gone, under keys of no further use
+_NO_WORDS = np.zeros(4, np.uint64)
+_PHILOX = {
+    "bit_generator": "Philox",
+    "buffer": _NO_WORDS,
+    "buffer_pos": 4,
+    "has_uint32": 0,
+    "uinteger": 0,
+}
 
 
 def _stream(key: bytes) -> CipherContext:

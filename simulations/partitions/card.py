@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from fedward.simulations.partitions.partition import Partition
+from fedward.simulations.partitions.picture import sites_by_class
 from fedward.tasks.task import Table
 
 _DRAWN = 60
@@ -41,10 +42,8 @@ def data_card(partition: Partition, table: Table, *, label: str) -> dict[str, An
 
 def draw_card(card: Mapping[str, Any]) -> str:
     """Sizes and classes of the sites as an SVG picture; of many sites, an even choice."""
-    from fedward.simulations import pictures  # matplotlib takes a while
-
     names = list(card["sites"])
     if len(names) > _DRAWN:
         names = [names[i] for i in np.linspace(0, len(names) - 1, _DRAWN).astype(int)]
     counts = {name: card["sites"][name]["labels"] for name in names}
-    return pictures.sites_by_class(counts, label=card["label"])
+    return sites_by_class(counts, label=card["label"])
