@@ -5,6 +5,7 @@ success, 1 on a failure that it explains, 2 on bad usage. Heavy imports are made
 so that `fedward --help` stays instant.
 """
 
+import gc
 import json
 import sys
 from pathlib import Path
@@ -16,6 +17,8 @@ from fedward.cli_registry import registry_app
 from fedward.core.errors import FedwardError
 from fedward.output import Json
 from fedward.output import emit as _emit
+
+_OBJECTS_BEFORE_A_LOOK = 50_000, 20, 50
 
 app = typer.Typer(
     name="fedward",
@@ -38,6 +41,9 @@ RunFolder = Annotated[Path, typer.Argument(help="The run directory.", show_defau
 
 def main() -> None:
     """Run the command line; explain what goes wrong in one or two lines."""
+    # Importing torch makes a million objects and no garbage; by default that is looked through
+    # for a fifth of a second.
+    gc.set_threshold(*_OBJECTS_BEFORE_A_LOOK)
     try:
         app()
     except FedwardError as error:

@@ -1,13 +1,16 @@
 """The job on Fedward, whole: study, admission, ledgers, rounds, evaluation, signed release."""
 
+import gc
 import json
 import os
 import sys
 import tempfile
 from pathlib import Path
 
-import job
-import torch
+gc.set_threshold(50_000, 20, 50)  # as the command line does
+
+import job  # noqa: E402 (after the line above, which is for imports)
+import torch  # noqa: E402
 
 STUDY = """\
 [study]
