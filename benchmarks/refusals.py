@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -211,7 +212,7 @@ def run(*, repeats: int) -> dict[str, Any]:
         trusted = _PUBLISHER.public
         reading = measure(lambda: read_release(good, trusted).label, repeats=repeats)
         found = {
-            what: measure(lambda wrong=wrong: read_release(wrong, trusted), repeats=repeats)
+            what: measure(partial(read_release, wrong, trusted), repeats=repeats)
             for what, wrong in wrong_folders(good, folder / "wrong").items()
         }
         stranger = Identity.generate_publisher().public

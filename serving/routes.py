@@ -114,7 +114,8 @@ def infer_now(
         Problem: As the route's, 4xx.
     """
     caller = service.admit(headers, _CLINICIAN)
-    live = service.catalogue.get(*parts)
+    model, version = parts
+    live = service.catalogue.choose(model, version, headers)
     asked = oip.parse_infer(body, json_length)
     outputs = service.predict_now(live, asked.inputs, caller=caller, action="infer")
     return _inferred(live, asked, outputs)

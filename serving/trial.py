@@ -96,7 +96,8 @@ class Trial:
             raise
         seconds = time.perf_counter() - start
         if len(self._queue) < _WAITING and not self._closed:
-            self._queue.append((engine, inputs, outputs, seconds))
+            # A copy: the caller's memory may be used for the next request.
+            self._queue.append((engine, inputs[:_MOST_ROWS].copy(), outputs[:_MOST_ROWS], seconds))
             self._ready.release()
         else:
             self.not_compared += 1
@@ -174,7 +175,7 @@ class Trial:
             if self._closed:
                 return
             engine, inputs, outputs, seconds = self._queue[0]
-            self._compare(engine, inputs[:_MOST_ROWS], outputs[:_MOST_ROWS], seconds)
+            self._compare(engine, inputs, outputs, seconds)
             # Taken off only now, so that an empty queue means that all is compared.
             if self._queue:
                 self._queue.popleft()

@@ -32,6 +32,7 @@ from fedward.serving.__main__ import main
 from fedward.serving.app import App
 from fedward.serving.catalogue import Catalogue, Live
 from fedward.serving.engine import Engine, start_engine
+from fedward.serving.routes import infer_now
 from fedward.serving.service import Service
 from fedward.serving.staging import Candidate, Limits, policy_limits
 from fedward.serving.store import Store
@@ -489,17 +490,26 @@ def test_a_rollout_under_load_loses_no_request(tmp_path: Path) -> None:
     store.install(publish_sample(tmp_path / "registry", _IDENTITY, bias=-2.0), _IDENTITY.public)
     options = ("--look-every", "0.02", "--shadow", "200", "--canary", "200", "--share", "0.3")
     answers: list[tuple[int, float]] = []
+    tensors: list[tuple[int, float]] = []
     done = threading.Event()
 
     with adapter(store.folder, tmp_path / "ready", *options, "--max-slowdown", "1000") as (url, _):
 
-        def client() -> None:
+        def by_name() -> None:
             with httpx.Client(base_url=url) as http:
                 while not done.is_set():
                     reply = http.post("/predict", json=_PATIENT).raise_for_status().json()
                     answers.append((reply["model"]["version"], reply["probability"]))
 
-        threads = [threading.Thread(target=client) for _ in range(3)]
+        def by_tensor() -> None:
+            tensor = {"name": "input", "datatype": "FP32", "shape": [1, 4], "data": _INPUT.tolist()}
+            with httpx.Client(base_url=url) as http:
+                while not done.is_set():
+                    reply = http.post(f"/v2/models/{MODEL}/infer", json={"inputs": [tensor]})
+                    value = reply.raise_for_status().json()
+                    tensors.append((int(value["model_version"]), value["outputs"][0]["data"][0]))
+
+        threads = [threading.Thread(target=act) for act in (by_name, by_name, by_tensor)]
         for thread in threads:
             thread.start()
         store = replace(store, limits=_LIMITS)
@@ -512,9 +522,9 @@ def test_a_rollout_under_load_loses_no_request(tmp_path: Path) -> None:
         for thread in threads:
             thread.join()
 
-    assert {version for version, _ in answers} == {1, 2}
-    assert answers[-1][0] == 2
-    for version, probability in answers:
+    assert {version for version, _ in answers} == {version for version, _ in tensors} == {1, 2}
+    assert answers[-1][0] == tensors[-1][0] == 2
+    for version, probability in (*answers, *tensors):
         assert probability == pytest.approx(_right({1: -2.0, 2: -1.9}[version]), abs=2e-6)
 
 
@@ -543,3 +553,21 @@ def test_inputs_that_only_the_old_version_takes_count_as_errors(scene: Scene) ->
 
     assert trial.errors == 1
     assert "age is not allowed" in str(trial.verdict())
+
+
+def test_the_short_way_of_an_inference_knows_the_canary(scene: Scene) -> None:
+    scene.publish(-1.9)
+    scene.watcher.look()
+    scene.ask(60)
+    scene.watcher.look()
+    tensor = {"name": "input", "datatype": "FP32", "shape": [1, 4], "data": _INPUT.tolist()}
+    body = json.dumps({"inputs": [tensor]}).encode()
+
+    def version(key: str) -> str:
+        headers = [(b"x-request-key", key.encode())]
+        answer = infer_now(scene.service, (MODEL, None), headers, body, None)
+        return str(json.loads(answer.body)["model_version"])
+
+    for key in "abcdefgh":
+        (wanted,) = {str(number) for number, _ in scene.ask(2, key=key)}
+        assert version(key) == wanted
