@@ -12,7 +12,8 @@ from typing import get_args
 
 from fedward.core.errors import FedwardError
 from fedward.serving.audit import verify_log
-from fedward.serving.gate import Role, add_key, read_keys, revoke_key
+from fedward.serving.gate import add_key, read_keys, revoke_key
+from fedward.serving.roles import Role
 from fedward.serving.server import Options, serve
 from fedward.serving.staging import Limits
 from fedward.serving.store import Store

@@ -8,7 +8,6 @@ import json
 import logging
 import time
 
-from fedward.serving.gate import ANYONE
 from fedward.serving.http import (
     JSON_TYPE,
     Answer,
@@ -19,6 +18,7 @@ from fedward.serving.http import (
     send_answer,
 )
 from fedward.serving.problems import Problem
+from fedward.serving.roles import ANYONE
 from fedward.serving.routes import ROUTES, Request, Route
 from fedward.serving.service import Service
 
@@ -57,7 +57,7 @@ class App:
     ) -> Answer:
         caller = ANYONE
         if route.roles is not None:
-            caller = self.service.admit(scope["headers"], route.roles)
+            caller = self.service.admit(scope["headers"], route.roles, path=scope["path"])
         return await route.handler(Request(self.service, scope, receive, parts, caller))
 
 

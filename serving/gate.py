@@ -1,4 +1,4 @@
-"""Who may ask what: API keys with roles, and a limit on how fast.
+"""Who may ask what: API keys with roles, tokens, and a limit on how fast.
 
 A key is 32 random bytes, shown once when it is made; the adapter keeps its SHA-256 only. A key
 this long cannot be guessed, so that a slow password hash would protect nothing and cost every
@@ -14,13 +14,14 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
 from fedward.core.errors import ConfigError
 from fedward.core.files import write_atomic
 from fedward.serving.problems import Problem
+from fedward.serving.roles import ANYONE, Caller, Role
+from fedward.serving.tokens import TokenRefused, Tokens
 
-Role = Literal["clinician", "operator", "auditor"]
 Headers = Iterable[tuple[bytes, bytes]]
 _PREFIX = "fw_"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._@-]{0,63}")
@@ -28,6 +29,7 @@ _HASH = re.compile(r"[0-9a-f]{64}")
 # Every key is compared with every request, in the same time.
 _MOST_KEYS = 64
 _BURST_SECONDS = 2.0
+_DOTS_OF_A_TOKEN = 2  # a key has none
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,17 +45,6 @@ class ApiKey:
     name: str
     role: Role
     sha256: str
-
-
-@dataclass(frozen=True, slots=True)
-class Caller:
-    """Who asks. `role` is None where no keys are set up."""
-
-    name: str
-    role: Role | None
-
-
-ANYONE = Caller("anonymous", None)
 
 
 def add_key(file: Path, *, name: str, role: Role) -> str:
@@ -108,7 +99,8 @@ class Gate:
     """Admits requests.
 
     Args:
-        keys: Whoever has one of these is admitted; with none of them, everybody is.
+        keys: Whoever has one of these is admitted; with none of them and no `tokens`, everybody is.
+        tokens: Whose tokens are taken, too.
         rate: Requests a second that one caller may make over time; short bursts may be faster.
         clock: Seconds, monotonic.
     """
@@ -117,47 +109,55 @@ class Gate:
         self,
         keys: Sequence[ApiKey],
         *,
+        tokens: Tokens | None = None,
         rate: float = 5000.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._keys = [(bytes.fromhex(k.sha256), Caller(k.name, k.role)) for k in keys]
+        self._keys = [(bytes.fromhex(k.sha256), Caller(k.name, frozenset((k.role,)))) for k in keys]
+        self._tokens = tokens
         self._rate, self._clock = rate, clock
         self._spent: dict[str, tuple[float, float]] = {}
 
-    def admit(self, headers: Headers, roles: Sequence[Role]) -> Caller:
+    def admit(self, headers: Headers, roles: Sequence[Role], *, path: str = "") -> Caller:
         """Who asks, if they may.
 
         Args:
             headers: The request's, names in lower case.
             roles: Which roles may; empty for any.
+            path: The request's, which a CDS client's token must be for.
 
         Raises:
-            Problem: 401 without a valid key, 403 with the wrong role, 429 when too fast.
+            Problem: 401 without a valid key or token, 403 with the wrong role, 429 when too fast.
         """
-        caller = self._identify(headers) if self._keys else ANYONE
-        if self._keys and roles and caller.role not in roles:
-            raise Problem(403, f"the role {caller.role} may not do this; {' or '.join(roles)} may")
+        if not self._keys and self._tokens is None:
+            caller = ANYONE
+        else:
+            caller = self._identify(headers, path)
+            if roles and caller.roles.isdisjoint(roles):
+                has = " and ".join(sorted(caller.roles)) or "of none"
+                raise Problem(403, f"the role {has} may not do this; {' or '.join(roles)} may")
         self._slow_down(caller)
         return caller
 
-    def _identify(self, headers: Headers) -> Caller:
+    def _identify(self, headers: Headers, path: str) -> Caller:
         presented = b""
         for name, value in headers:
             if name == b"authorization" and value[:7].lower() == b"bearer ":
                 presented = value[7:].strip()
             elif name == b"x-api-key":
                 presented = value
+        if self._tokens is not None and presented.count(b".") == _DOTS_OF_A_TOKEN:
+            try:
+                return self._tokens.verify(presented, path=path)
+            except TokenRefused:
+                raise _unknown() from None
         hashed = hashlib.sha256(presented).digest()
         found: Caller | None = None
         for known, caller in self._keys:
             if hmac.compare_digest(known, hashed):
                 found = caller
         if found is None:
-            raise Problem(
-                401,
-                "a valid API key is needed: Authorization: Bearer KEY",
-                headers={"www-authenticate": "Bearer"},
-            )
+            raise _unknown()
         return found
 
     def _slow_down(self, caller: Caller) -> None:
@@ -169,6 +169,14 @@ class Gate:
         if tokens < 0:
             raise Problem(429, "too many requests; slow down", headers={"retry-after": "1"})
         self._spent[caller.name] = tokens, now
+
+
+def _unknown() -> Problem:
+    return Problem(
+        401,
+        "a valid API key or token is needed: Authorization: Bearer KEY",
+        headers={"www-authenticate": "Bearer"},
+    )
 
 
 def _hash(key: bytes) -> str:

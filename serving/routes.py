@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from fedward.serving import cds, oip
 from fedward.serving.catalogue import Live
 from fedward.serving.clinical import parse_json
-from fedward.serving.gate import Caller, Role
 from fedward.serving.http import (
     Answer,
     Receive,
@@ -22,6 +21,7 @@ from fedward.serving.http import (
     read_body,
 )
 from fedward.serving.problems import Problem
+from fedward.serving.roles import Caller, Role
 from fedward.serving.service import Service, parse_instances
 from fedward.serving.telemetry import CONTENT_TYPE
 

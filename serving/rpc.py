@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 
 from fedward.core.fields import INPUT, OUTPUT
 from fedward.serving import oip
-from fedward.serving.gate import Caller, Role
 from fedward.serving.http import MAX_BODY
 from fedward.serving.problems import Problem
 from fedward.serving.protobuf import messages
+from fedward.serving.roles import Caller, Role
 from fedward.serving.service import Service
 
 SERVICE = "inference.GRPCInferenceService"

@@ -19,9 +19,11 @@ from fedward.serving.app import App
 from fedward.serving.audit import AuditLog
 from fedward.serving.catalogue import Catalogue
 from fedward.serving.gate import Gate, read_keys
+from fedward.serving.keysets import read_tokens
 from fedward.serving.quick import QuickProtocol
 from fedward.serving.service import Service
 from fedward.serving.store import Store
+from fedward.serving.tokens import Tokens
 from fedward.serving.watcher import Watcher
 
 _BACKLOG = 2048
@@ -137,7 +139,8 @@ def serve(
     how = options or Options()
     state = store.folder / "state"
     keys = read_keys(how.keys or state / "keys.json")
-    if not keys and not _is_loopback(host):
+    tokens = read_tokens(store.folder / "tokens.json")
+    if not keys and tokens is None and not _is_loopback(host):
         raise ConfigError(
             f"has no API key and {host} can be reached from the network; make one with: "
             "python -m fedward.serving keys add --store DIR NAME ROLE",
@@ -145,10 +148,18 @@ def serve(
         )
     catalogue = Catalogue([])
     with AuditLog(state / "audit.jsonl") as audit:
-        service = Service(catalogue, Gate(keys, rate=how.rate), audit=audit, store=store)
+        gate = Gate(keys, tokens=tokens, rate=how.rate)
+        service = Service(catalogue, gate, audit=audit, store=store)
         service.state = state
-        fetch = _follow(service, store, how)
-        watcher = Watcher(store, catalogue, service.told, fetch=fetch, fetch_every=how.fetch_every)
+        follow = _follow(service, store, how)
+        watcher = Watcher(
+            store,
+            catalogue,
+            service.told,
+            fetch=follow,
+            fetch_every=how.fetch_every,
+            also=_refresh(service, tokens),
+        )
         watcher.look()
         if not catalogue.names():
             store.newest(next(iter(store.served()), None))  # says what is wrong
@@ -197,6 +208,19 @@ def _follow(service: Service, store: Store, how: Options) -> Callable[[], None]:
         service.stale = stale
 
     return fetch
+
+
+def _refresh(service: Service, tokens: Tokens | None) -> Callable[[], None]:
+    """What keeps the keys of those whose tokens are taken, and says what is wrong with them."""
+    if tokens is None:
+        return lambda: None
+
+    def refresh() -> None:
+        for problem in tokens.refresh():
+            if problem not in service.alarms:
+                service.alarms.append(problem)
+
+    return refresh
 
 
 def _is_loopback(host: str) -> bool:

@@ -15,10 +15,11 @@ from fedward.serving.approval import waiting
 from fedward.serving.audit import AuditLog
 from fedward.serving.catalogue import Catalogue, Live
 from fedward.serving.explain import explain, explanation_json
-from fedward.serving.gate import ANYONE, Caller, Gate, Headers, Role
+from fedward.serving.gate import Gate, Headers
 from fedward.serving.oip import numbers, to_float32
 from fedward.serving.outcomes import Outcomes, Receipts, parse_outcome
 from fedward.serving.problems import Problem
+from fedward.serving.roles import ANYONE, Caller, Role
 from fedward.serving.store import Store
 from fedward.serving.telemetry import Telemetry
 
@@ -52,9 +53,9 @@ class Service:
     _receipts: Receipts | None = None
     _outcomes: dict[str, Outcomes] = field(default_factory=dict)
 
-    def admit(self, headers: Headers, roles: Sequence[Role]) -> Caller:
+    def admit(self, headers: Headers, roles: Sequence[Role], *, path: str = "") -> Caller:
         """Who asks, if one of `roles` may. Raises `Problem` 401, 403 or 429."""
-        return self.gate.admit(headers, roles)
+        return self.gate.admit(headers, roles, path=path)
 
     def admit_rpc(
         self, metadata: Iterable[tuple[str, str | bytes]], roles: Sequence[Role] | None

@@ -36,6 +36,7 @@ class Watcher:
         told: Is told of every swap.
         fetch: Brings newer releases into the store, if a registry is followed; from a thread.
         fetch_every: Seconds between two calls of it.
+        also: What else is to be done at each look; from the same thread.
     """
 
     def __init__(
@@ -46,9 +47,10 @@ class Watcher:
         *,
         fetch: Callable[[], None] = lambda: None,
         fetch_every: float = 60.0,
+        also: Callable[[], None] = lambda: None,
     ) -> None:
         self._store, self._catalogue, self._told = store, catalogue, told
-        self._fetch, self._fetch_every = fetch, fetch_every
+        self._fetch, self._fetch_every, self._also = fetch, fetch_every, also
         self._fetch_next = 0.0
         self._seen: tuple[int, int] | None = None
         self._seen_rollout: tuple[int, int] | None = None
@@ -61,6 +63,7 @@ class Watcher:
             if time.monotonic() >= self._fetch_next:
                 self._fetch_next = time.monotonic() + self._fetch_every
                 self._fetch()
+            self._also()
             install_inbox(self._store)
             stamp = self._stamp("serving.json")
             if stamp != self._seen:

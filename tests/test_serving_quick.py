@@ -17,11 +17,15 @@ from serving_client import adapter
 from fedward.core.identity import Identity
 from fedward.core.release import read_release
 from fedward.serving import oip
+from fedward.serving.catalogue import Catalogue
 from fedward.serving.engine import start_engine
 from fedward.serving.problems import Problem
 from fedward.serving.quick import MOST_BYTES
-from fedward.serving.routes import infer_parts
+from fedward.serving.routes import infer_now, infer_parts
+from fedward.serving.service import Service
+from fedward.serving.staging import Candidate, Limits
 from fedward.serving.store import Store
+from fedward.serving.trial import Trial
 
 _IDENTITY = Identity.generate_publisher()
 # Forces the longer way, and changes nothing else.
@@ -246,3 +250,21 @@ def test_a_large_body_goes_the_longer_way(port: int) -> None:
     ((status, _, _),) = _ask(port, _request(body))
 
     assert status == 200
+
+
+def test_a_canary_gets_its_share_of_quick_requests_too(tmp_path: Path) -> None:
+    engines = [
+        start_engine(read_release(publish_sample(tmp_path, _IDENTITY, bias=bias), _IDENTITY.public))
+        for bias in (-2.0, -1.9)
+    ]
+    catalogue = Catalogue(engines[:1])
+    limits = Limits(shadow=60, canary=60, share=1.0)
+    candidate = Candidate(version=2, digest="", stage="canary", limits=limits)
+    catalogue.begin_trial(Trial(candidate, old=engines[0], new=engines[1]))
+
+    answer = infer_now(Service(catalogue), ("tiny", None), [], _body(), None)
+    catalogue.end_trial("tiny")
+    alone = infer_now(Service(catalogue), ("tiny", None), [], _body(), None)
+
+    assert json.loads(answer.body)["model_version"] == "2"
+    assert json.loads(alone.body)["model_version"] == "1"
