@@ -22,6 +22,13 @@ _LONGEST_SUMMARY = 140
 _AGE, _SEX = "30525-0", "46098-0"
 _DATE = re.compile(r"(\d{4})(?:-(\d\d))?(?:-(\d\d))?")
 _OUTCOMES = ("accepted", "overridden")
+_OVERRIDE_REASONS = {
+    "known": "Already known",
+    "disagree": "Clinical judgement differs",
+    "data": "The recorded values are wrong or old",
+}
+_REASONS_SYSTEM = "https://fedward.example/override-reasons"
+_MOST_FEEDBACK, _MOST_ACCEPTED = 256, 32
 _LOINC_SYSTEM = "http://loinc.org"
 
 
@@ -57,14 +64,14 @@ def parse_hook(body: Mapping[str, Any], signature: ModelSignature) -> NDArray[np
     """
     if body.get("hook") != "patient-view":
         raise Problem(400, "`hook` must be patient-view")
-    instance = body.get("hookInstance")
-    try:
-        uuid.UUID(str(instance))
-    except ValueError:
-        raise Problem(400, "`hookInstance` must be a UUID") from None
+    _uuid(body.get("hookInstance"), "`hookInstance` must be a UUID")
     context = body.get("context")
-    if not isinstance(context, dict) or not isinstance(context.get("patientId"), str):
+    if not isinstance(context, dict) or not all(
+        isinstance(context.get(name), str) and context[name] for name in ("patientId", "userId")
+    ):
         raise Problem(400, "`context` must hold `patientId` and `userId`")
+    if "fhirAuthorization" in body and not isinstance(body.get("fhirServer"), str):
+        raise Problem(400, "`fhirAuthorization` needs `fhirServer`")
     fetched = body.get("prefetch")
     prefetch: dict[str, Any] = fetched if isinstance(fetched, dict) else {}
     patient = prefetch.get("patient")
@@ -117,14 +124,10 @@ def cards(
                 "overrideReasons": [
                     {
                         "code": code,
-                        "system": "https://fedward.example/override-reasons",
+                        "system": _REASONS_SYSTEM,
                         "display": display,
                     }
-                    for code, display in (
-                        ("known", "Already known"),
-                        ("disagree", "Clinical judgement differs"),
-                        ("data", "The recorded values are wrong or old"),
-                    )
+                    for code, display in _OVERRIDE_REASONS.items()
                 ],
             }
         ]
@@ -132,30 +135,55 @@ def cards(
 
 
 def parse_feedback(body: Mapping[str, Any]) -> list[dict[str, str]]:
-    """Feedback on cards: `card`, `outcome`, and `reason` where one was overridden.
+    """What became of cards: `card`, `outcome`, `reason`, `accepted`, `when`.
 
-    Only codes are kept: a clinician's comment may name a patient.
+    The comment is left out, as it may be about the patient, and so is a code that is not one of
+    ours: `other` stands for it.
 
     Raises:
-        Problem: 400, saying what is wrong.
+        Problem: 400 for a malformed request.
     """
-    feedback = body.get("feedback")
-    if not isinstance(feedback, list) or not feedback:
-        raise Problem(400, "`feedback` must be a list of at least one")
-    found = []
-    for entry in feedback:
-        if not isinstance(entry, dict) or entry.get("outcome") not in _OUTCOMES:
-            raise Problem(400, "each `outcome` must be accepted or overridden")
-        try:
-            card = str(uuid.UUID(str(entry.get("card"))))
-        except ValueError:
-            raise Problem(400, "each `card` must be the UUID of a card") from None
-        reason = entry.get("overrideReason")
-        inner = reason.get("reason") if isinstance(reason, dict) else None
-        code = inner.get("code") if isinstance(inner, dict) else None
-        said = code if isinstance(code, str) and re.fullmatch(r"[a-z]{1,16}", code) else ""
-        found.append({"card": card, "outcome": str(entry["outcome"]), "reason": said})
-    return found
+    entries = body.get("feedback")
+    if not isinstance(entries, list) or not 0 < len(entries) <= _MOST_FEEDBACK:
+        raise Problem(400, f"`feedback` must be a list of 1 to {_MOST_FEEDBACK} entries")
+    return [_feedback(entry) for entry in entries]
+
+
+def _feedback(entry: object) -> dict[str, str]:
+    if not isinstance(entry, dict) or entry.get("outcome") not in _OUTCOMES:
+        raise Problem(400, "each `outcome` must be accepted or overridden")
+    when = entry.get("outcomeTimestamp")
+    try:
+        moment = datetime.datetime.fromisoformat(str(when))
+    except ValueError:
+        raise Problem(400, "each `outcomeTimestamp` must be an ISO time in UTC") from None
+    suggestions = entry.get("acceptedSuggestions", [])
+    if (
+        not isinstance(suggestions, list)
+        or len(suggestions) > _MOST_ACCEPTED
+        or not all(isinstance(one, dict) for one in suggestions)
+    ):
+        raise Problem(400, f"`acceptedSuggestions` must be a list of at most {_MOST_ACCEPTED}")
+    reason = entry.get("overrideReason")
+    inner = reason.get("reason") if isinstance(reason, dict) else None
+    code = inner.get("code") if isinstance(inner, dict) else None
+    ours = isinstance(code, str) and code in _OVERRIDE_REASONS
+    return {
+        "card": _uuid(entry.get("card"), "each `card` must be the UUID of a card"),
+        "outcome": str(entry["outcome"]),
+        "reason": "" if code is None else str(code) if ours else "other",
+        "accepted": ",".join(
+            _uuid(one.get("id"), "each suggestion's `id` must be a UUID") for one in suggestions
+        ),
+        "when": moment.isoformat(),
+    }
+
+
+def _uuid(value: object, problem: str) -> str:
+    try:
+        return str(uuid.UUID(str(value)))
+    except ValueError:
+        raise Problem(400, problem) from None
 
 
 def _observed(field: Field) -> bool:

@@ -253,6 +253,7 @@ async def _cds_feedback(request: Request) -> Answer:
     live = request.live
     for said in cds.parse_feedback(parse_json(await request.body())):
         request.service.record("cds-" + said["outcome"], live, request.caller, facts=said)
+        request.service.telemetry.told(live.signature.model, said["outcome"])
     return answer_json({})
 
 

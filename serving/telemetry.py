@@ -20,6 +20,7 @@ class Telemetry:
         self._rows: dict[tuple[str, int], int] = defaultdict(int)
         self._refused: dict[tuple[str, str], int] = defaultdict(int)
         self._swaps: dict[tuple[str, str], int] = defaultdict(int)
+        self._feedback: dict[tuple[str, str], int] = defaultdict(int)
 
     def answered(self, route: str, status: int, seconds: float) -> None:
         """A request was answered. `route` is one of the adapter's own, never a path as sent."""
@@ -41,6 +42,10 @@ class Telemetry:
     def swapped(self, model: str, action: str) -> None:
         """A version was promoted or refused."""
         self._swaps[model, action] += 1
+
+    def told(self, model: str, outcome: str) -> None:
+        """A clinician accepted or overrode a card."""
+        self._feedback[model, outcome] += 1
 
     def requests(self) -> int:
         """All requests that were answered."""
@@ -79,6 +84,10 @@ class Telemetry:
         lines.append("# TYPE fedward_swaps_total counter")
         for (model, action), count in sorted(self._swaps.items()):
             lines.append(_sample("swaps_total", {"model": model, "action": action}, count))
+        lines.append("# TYPE fedward_cds_feedback_total counter")
+        for (model, outcome), count in sorted(self._feedback.items()):
+            labels = {"model": model, "outcome": outcome}
+            lines.append(_sample("cds_feedback_total", labels, count))
         lines.append("# TYPE fedward_start_time_seconds gauge")
         lines.append(_sample("start_time_seconds", {}, self.started))
         named = ""

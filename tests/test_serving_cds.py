@@ -136,6 +136,9 @@ def test_a_card_is_valid_and_orders_nothing(app: App) -> None:
         (_changed(hookInstance="1"), 400),
         (_changed(context={}), 400),
         (_changed(context=None), 400),
+        (_changed(context={"patientId": "1288992"}), 400),
+        (_changed(context={"patientId": "", "userId": "Practitioner/1"}), 400),
+        (_changed(fhirServer=None), 400),
         (_changed(prefetch=None), 412),
         (_changed(prefetch={}), 412),
         (_changed(prefetch={"patient": {"resourceType": "Group"}}), 412),
@@ -161,7 +164,12 @@ def test_a_withdrawn_observation_is_not_used(status: str) -> None:
 def test_feedback_is_recorded_without_the_comment(app: App, tmp_path: Path) -> None:
     card = str(uuid.uuid4())
     reason = {"reason": {"code": "disagree"}, "userComment": "John Doe is healthy"}
-    entry = {"card": card, "outcome": "overridden", "overrideReason": reason}
+    entry = {
+        "card": card,
+        "outcome": "overridden",
+        "overrideReason": reason,
+        "outcomeTimestamp": "2026-03-01T10:00:00Z",
+    }
 
     reply = ask(app, "POST", "/cds-services/tiny/feedback", {"feedback": [entry]})
     assert app.service.audit is not None
@@ -199,8 +207,33 @@ def test_no_record_crashes_the_parser(patient: object, observations: object) -> 
     assert inputs.shape == (1, 4)
 
 
+_CARD, _WHEN = str(uuid.uuid4()), "2026-03-01T10:00:00Z"
+
+
+def _accepted(suggestions: object) -> dict[str, Any]:
+    return {
+        "card": _CARD,
+        "outcome": "accepted",
+        "acceptedSuggestions": suggestions,
+        "outcomeTimestamp": _WHEN,
+    }
+
+
 @pytest.mark.parametrize(
-    "feedback", [None, [], [{}], [{"card": "1", "outcome": "accepted"}], [{"outcome": "maybe"}]]
+    "feedback",
+    [
+        None,
+        [],
+        [{}],
+        [{"card": "1", "outcome": "accepted", "outcomeTimestamp": _WHEN}],
+        [{"card": _CARD, "outcome": "maybe", "outcomeTimestamp": _WHEN}],
+        [{"card": _CARD, "outcome": "accepted"}],
+        [{"card": _CARD, "outcome": "accepted", "outcomeTimestamp": "yesterday"}],
+        [_accepted([{}])],
+        [_accepted("x")],
+        [_accepted([{"id": _CARD}] * 33)],
+        [_accepted([])] * 257,
+    ],
 )
 def test_malformed_feedback_is_refused(app: App, feedback: object) -> None:
     assert ask(app, "POST", "/cds-services/tiny/feedback", {"feedback": feedback}).status == 400
