@@ -14,10 +14,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fedward.client.training.bookkeeping import Loss
 from fedward.client.training.clippers import Clipper, Plain
 from fedward.client.training.modes import choose_mode, make_clipper
 from fedward.client.training.optimizers import FlatOptimizer
+from fedward.client.training.parts import Loss
 from fedward.client.training.plan import Private, TrainingPlan
 from fedward.client.training.prefetch import drawing_ahead
 from fedward.client.training.sampler import Batch, PoissonSampler

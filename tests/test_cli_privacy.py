@@ -19,7 +19,7 @@ from torch import nn
 
 from fedward.cli import main
 from fedward.client import conformance
-from fedward.client.training.bookkeeping import Loss
+from fedward.client.training.parts import Loss
 from fedward.client.training.plan import Mode
 from fedward.client.training.trial import trainer_of
 from fedward.core.identity import Identity, PublicIdentity

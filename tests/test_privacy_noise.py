@@ -170,6 +170,22 @@ def test_neighbours_do_not_betray_the_secret() -> None:
         assert stats.ks_2samp(*residues).pvalue > FALSE_ALARM
 
 
+@every_source
+@pytest.mark.parametrize("size", [100, 300_000])
+def test_noise_may_take_the_place_of_what_it_hides(source: NoiseSource, size: int) -> None:
+    vector = np.full((size, 1), 3.0, dtype=np.float32)
+
+    released = add_noise(vector, std=0.5, source=source, out=vector)
+
+    assert np.shares_memory(released, vector)
+    assert released.shape == vector.shape
+    ratio = float(np.sum((vector.astype(np.float64) - 3.0) ** 2)) / 0.25
+    assert min(stats.chi2.sf(ratio, size), stats.chi2.cdf(ratio, size)) > FALSE_ALARM
+    for wrong in (np.empty(size - 1, np.float32), np.empty((size, 2), np.float32)[:, :1]):
+        with pytest.raises(ValueError, match="contiguous and of the vector's shape"):
+            add_noise(vector, std=0.5, source=source, out=wrong)
+
+
 def test_add_noise_refuses_what_noise_cannot_hide() -> None:
     source = SOURCES[0]
     for bad in (math.nan, math.inf, -math.inf):

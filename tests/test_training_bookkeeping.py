@@ -15,6 +15,7 @@ from fedward.client.training.opacus_modes import Ghost, PerSample
 from fedward.client.training.plan import Mode
 from fedward.client.training.recurrent import Unrolled, unroll
 from fedward.client.training.sampler import Batch
+from fedward.client.training.stack import stacked
 
 
 class Attention(nn.Module):
@@ -75,6 +76,21 @@ def perceptron() -> nn.Module:
     return nn.Sequential(nn.Linear(10, 12), nn.ReLU(), nn.LayerNorm(12), nn.Linear(12, 3))
 
 
+def stack() -> nn.Module:
+    return nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(10, 12),
+        nn.ReLU(),
+        nn.Linear(12, 9, bias=False),
+        nn.Linear(9, 8),
+        nn.Tanh(),
+        nn.Identity(),
+        nn.Linear(8, 7),
+        nn.Sigmoid(),
+        nn.Linear(7, 3),
+    )
+
+
 def convolutional() -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(1, 4, 3, padding=1),
@@ -97,6 +113,7 @@ def signal() -> nn.Module:
 FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "logistic": logistic,
     "perceptron": perceptron,
+    "stack": stack,
     "convolutional": convolutional,
     "signal": signal,
     "text": Text,
@@ -433,3 +450,80 @@ def test_a_loss_may_bring_its_derivative(records: int) -> None:
 
     torch.testing.assert_close(quick, plain, atol=1e-6, rtol=0)
     assert calls == [8]
+
+
+@pytest.mark.parametrize("family", ["stack", "convolutional", "transformer", "text"])
+def test_memory_that_is_used_again_holds_nothing_of_the_batch_before(family: str) -> None:
+    model, batch = model_of(family), batch_of(family)
+    clipper = BookKeeping(model, cross_entropy, list(model.parameters()))
+    parts = [batch, batch.part(0, 3), batch.part(2, 8), batch]
+
+    used_again = [clipper(part, clip_norm=0.3).total.clone() for part in parts]
+
+    for part, total in zip(parts, used_again, strict=True):
+        fresh = model_of(family)
+        expected = BookKeeping(fresh, cross_entropy, list(fresh.parameters()))(part, clip_norm=0.3)
+        torch.testing.assert_close(total, expected.total, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "fits"),
+    [
+        (lambda model: model, True),
+        (lambda model: model[1].requires_grad_(False) and model, True),
+        (lambda model: model[2].register_forward_hook(lambda *_: None) and model, False),
+        (lambda model: nn.Sequential(*model, nn.Sigmoid()), False),
+        (lambda model: nn.Sequential(*model[:3], nn.Tanh(), *model[3:]), False),
+        (lambda model: nn.Sequential(*model[:3], nn.Dropout(0.5), *model[3:]), False),
+        (lambda model: nn.Sequential(nn.Flatten(0), *model[1:]), False),
+        (lambda model: nn.Sequential(*model, model[2]), False),
+    ],
+)
+def test_only_plain_stacks_are_computed_without_autograd(
+    change: Callable[[nn.Module], nn.Module], fits: bool
+) -> None:
+    model = change(model_of("stack"))
+
+    leaves = leaves_of(model)
+
+    assert leaves is not None
+    assert stacked(model, leaves) is fits
+
+
+def test_a_stack_with_frozen_layers_gives_the_sums_of_the_others() -> None:
+    model, batch = model_of("stack"), batch_of("stack")
+    assert isinstance(model, nn.Sequential)
+    for frozen in (model[1], model[4]):
+        frozen.requires_grad_(False)
+    trained = [p for p in model.parameters() if p.requires_grad]
+
+    clipped = BookKeeping(model, cross_entropy, trained)(batch, clip_norm=0.3)
+
+    expected, norms = by_hand(model, batch, 0.3)
+    torch.testing.assert_close(clipped.total.double(), expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(clipped.squared_norms.double().sqrt(), norms, atol=1e-5, rtol=0)
+
+
+def test_a_stack_on_sequences_takes_the_way_through_autograd() -> None:
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(10, 6), nn.ReLU(), nn.Linear(6, 3))
+    batch = Batch(torch.randn(8, 4, 10), torch.randint(0, 3, (8,)), None, 1)
+
+    def of_the_mean(outputs: Tensor, labels: Tensor) -> Tensor:
+        return cross_entropy(outputs.mean(1), labels)
+
+    one = BookKeeping(model, of_the_mean, list(model.parameters()))(batch, clip_norm=0.3)
+    other = PerSample(model, of_the_mean, list(model.parameters()), kind="hooks")
+
+    torch.testing.assert_close(one.total, other(batch, clip_norm=0.3).total, atol=1e-6, rtol=0)
+
+
+def test_a_loss_that_is_averaged_is_refused_by_every_way() -> None:
+    for family in ("logistic", "stack", "convolutional"):
+        model, batch = model_of(family), batch_of(family)
+        kind = ClosedForm if family == "logistic" else BookKeeping
+
+        clipper = kind(model, functional.cross_entropy, list(model.parameters()))
+
+        with pytest.raises(ValueError, match="one value an example"):
+            clipper(batch, clip_norm=1.0)

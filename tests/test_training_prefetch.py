@@ -32,3 +32,15 @@ def test_a_source_that_repeats_keeps_its_order() -> None:
 
     assert drawing_ahead(source, steps=100) is source
     assert drawing_ahead(secure_source(), steps=100).private
+
+
+def test_what_is_drawn_into_memory_is_used_once_too() -> None:
+    source = Prefetched(secure_source(), steps=100)
+    drawn = [np.empty(size) for size in (7, 7, 20_000, 7)]
+
+    for memory in drawn:
+        source.fill_gaussian(memory, std=2.0)
+
+    everything = np.concatenate(drawn)
+    assert len(np.unique(everything)) == everything.size
+    assert 1.9 < everything.std() < 2.1

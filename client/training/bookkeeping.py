@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad
 
-from fedward.client.training.leaves import Call, part_of, supported
+from fedward.client.training.leaves import part_of, supported
+from fedward.client.training.parts import Call, Loss, Memory
+from fedward.client.training.stack import one_a_row
 
-Loss = Callable[[Tensor, Tensor], Tensor]
 ClippedSum = Callable[..., tuple[dict[str, Tensor], Tensor]]
 
 STABILITY = 1e-6  # in Opacus' clipping factor, clip_norm / (norm + 1e-6)
@@ -43,6 +44,12 @@ def clipping_factors(squared_norms: Tensor, clip_norm: Tensor | float) -> Tensor
     """How much of each gradient is kept, as in Opacus; nothing of one that is not finite."""
     factors = (clip_norm / (squared_norms.sqrt() + STABILITY)).clamp(max=1.0)
     return torch.where(torch.isfinite(squared_norms), factors, torch.zeros_like(factors))
+
+
+def finite_factors(squared_norms: Tensor, clip_norm: float) -> Tensor:
+    """The same, where the caller throws away what a norm that is not finite makes of it."""
+    # min(1, C / (norm + 1e-6)) is C / max(norm + 1e-6, C).
+    return clip_norm / squared_norms.sqrt().add_(STABILITY).clamp_(min=clip_norm)
 
 
 class Captured:
@@ -73,11 +80,7 @@ class Captured:
         self._record = []
         with torch.enable_grad():
             losses = self._loss(self._model(features), labels)
-            if losses.shape != features.shape[:1]:
-                raise ValueError(
-                    f"the loss gives one value an example, so shape ({len(features)},), not "
-                    f"{tuple(losses.shape)}"
-                )
+            one_a_row(losses, features)
             total = losses.sum() if mask is None else (losses * mask).sum()
             record, self._record = self._record, []
             gradients = torch.autograd.grad(total, [edge for *_, edge in record], allow_unused=True)
@@ -93,18 +96,35 @@ def sums_of(
     calls: Mapping[str, list[Call]],
     *,
     clip_norm: Tensor | float,
-    present: Tensor | None = None,
     records: int = 1,
+    memory: Memory | None = None,
+    into: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Weighted sums by parameter name, and squared norms `(patients,)`, from one pass."""
-    parts = {name: part_of(leaves[name], call, records=records) for name, call in calls.items()}
-    squared = torch.stack([part.squared_norm for part in parts.values()]).sum(0)
-    factors = clipping_factors(squared, clip_norm)
-    if present is not None:
-        factors = factors * present
+    """Weighted sums by parameter name, and squared norms `(patients,)`, from one pass.
+
+    Args:
+        leaves: The layers with parameters to train.
+        calls: What went in and what gradient came back.
+        clip_norm: The bound.
+        records: Rows of one patient.
+        memory: For intermediate results; None to be pure.
+        into: Where sums go, by layer and parameter; None for new tensors.
+    """
+    parts = {
+        name: part_of(leaves[name], call, records=records, memory=memory)
+        for name, call in calls.items()
+    }
+    squares = [part.squared_norm for part in parts.values()]
+    squared = squares[0] if len(squares) == 1 else torch.stack(squares).sum(0)
+    # Whoever brings memory looks at the norms afterwards (`sanitised`).
+    factors = (
+        clipping_factors(squared, clip_norm)
+        if memory is None or isinstance(clip_norm, Tensor)
+        else finite_factors(squared, clip_norm)
+    )
     sums: dict[str, Tensor] = {}
     for name, part in parts.items():
-        for parameter, value in part.weighted(factors).items():
+        for parameter, value in part.weighted(factors, into[name] if into else None).items():
             sums[f"{name}.{parameter}" if name else parameter] = value
     return sums, squared
 

@@ -4,7 +4,7 @@ Every mode is a `Clipper`. They agree to rounding; they differ in cost.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from fedward.client.training.bookkeeping import (
     STABILITY,
     Captured,
-    Loss,
     leaves_of,
     sums_of,
 )
 from fedward.client.training.leaves import learns
+from fedward.client.training.parts import Loss, Memory
 from fedward.client.training.sampler import Batch
+from fedward.client.training.stack import Stack, derivative_of, stacked
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,13 +103,22 @@ class BookKeeping:
         if leaves is None:
             raise ValueError("book-keeping does not fit this model; use mode='hooks'")
         self._leaves = leaves
-        names = {
-            id(p): f"{name}.{own}" if name else own
-            for name, leaf in leaves.items()
-            for own, p in leaf.named_parameters(recurse=False)
+        self._total = torch.zeros_like(torch.cat([p.detach().reshape(-1) for p in trained]))
+        sizes = [p.numel() for p in trained]
+        places = {
+            id(p): view.view(p.shape)
+            for p, view in zip(trained, torch.split(self._total, sizes), strict=True)
         }
-        self._order = [(names[id(p)], p) for p in trained]
-        self._size = sum(p.numel() for p in trained)
+        self._into = {
+            name: {
+                own: places[id(p)]
+                for own, p in leaf.named_parameters(recurse=False)
+                if p.requires_grad
+            }
+            for name, leaf in leaves.items()
+        }
+        self._memory = Memory()
+        self._stack = Stack(model, loss, leaves, self._memory) if stacked(model, leaves) else None
         self._captured = Captured(model, loss, leaves)
 
     def __call__(self, batch: Batch, *, clip_norm: float) -> Clipped:
@@ -116,21 +126,26 @@ class BookKeeping:
 
         def run(given: Batch) -> tuple[Tensor, Tensor]:
             with torch.no_grad():
-                calls = self._captured.run(given.features, given.labels, given.mask)
-                sums, squared = sums_of(
-                    self._leaves, calls, clip_norm=clip_norm, records=given.records
-                )
-                return self._flat(sums), squared
+                return self._run(given, clip_norm)
 
-        return sanitised(batch, run, size=self._size)
+        return sanitised(batch, run, size=self._total.numel())
 
-    def _flat(self, sums: Mapping[str, Tensor]) -> Tensor:
-        return torch.cat(
-            [
-                sums[name].reshape(-1) if name in sums else torch.zeros_like(p).reshape(-1)
-                for name, p in self._order
-            ]
+    def _run(self, batch: Batch, clip_norm: float) -> tuple[Tensor, Tensor]:
+        stack = self._stack
+        passes = stack if stack is not None and stack.fits(batch.features) else self._captured
+        calls = passes.run(batch.features, batch.labels, batch.mask)
+        _, squared = sums_of(
+            self._leaves,
+            calls,
+            clip_norm=clip_norm,
+            records=batch.records,
+            memory=self._memory,
+            into=self._into,
         )
+        for name in self._leaves.keys() - calls.keys():
+            for place in self._into[name].values():
+                place.zero_()
+        return self._total, squared
 
     def close(self) -> None:
         """Take the hooks off the model."""
@@ -139,9 +154,6 @@ class BookKeeping:
 
 class ClosedForm:
     """A linear model: the gradient of a record is an outer product; no autograd in the model.
-
-    The loss may carry its derivative as an attribute `output_gradient(outputs, labels)`;
-    without it, autograd differentiates the loss alone.
 
     Raises:
         ValueError: The model is not one linear layer.
@@ -153,11 +165,9 @@ class ClosedForm:
             raise ValueError("closed form is for models that are one nn.Linear")
         if not layer.weight.requires_grad:
             raise ValueError("closed form trains the weight")
-        self._layer, self._loss = layer, loss
+        self._layer = layer
         self._biased = learns(layer, "bias")
-        self._derivative: Callable[[Tensor, Tensor], Tensor] = getattr(
-            loss, "output_gradient", self._differentiate
-        )
+        self._derivative = derivative_of(loss)
         # Every operation counts in a step that takes a tenth of a millisecond: sums go to the
         # places of weight and bias in one vector.
         self._total = torch.zeros_like(torch.cat([p.detach().reshape(-1) for p in trained]))
@@ -208,12 +218,6 @@ class ClosedForm:
         if self._biased:
             self._bias.copy_(factors @ bias)
         return self._total, squared
-
-    def _differentiate(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        with torch.enable_grad():
-            outputs = outputs.detach().requires_grad_()
-            losses = self._loss(outputs, labels)
-            return torch.autograd.grad(losses.sum(), outputs)[0]
 
     def close(self) -> None:
         """Nothing was put on the model."""

@@ -11,10 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from fedward.client.training.bookkeeping import Loss
 from fedward.client.training.clippers import Clipper, Plain
 from fedward.client.training.memory import patients_at_once
 from fedward.client.training.modes import choose_mode, make_clipper
+from fedward.client.training.parts import Loss
 from fedward.client.training.plan import Mode, NotPrivate, Private, TrainingPlan
 from fedward.client.training.recurrent import unroll
 from fedward.client.training.sampler import PoissonSampler

@@ -3,44 +3,42 @@
 Book-keeping (Bu, Wang, Zha and Karypis, ICML 2023, "Differentially private optimization on
 large model at small cost", Algorithm 1) needs of a layer only its inputs `a` and the gradients
 `d` of its outputs: the squared norm of every patient's gradient, and, once the clipping factors
-are known, the sum of the gradients that they weigh. All is pure arithmetic on tensors of fixed
-shape, so that it also runs under `torch.vmap` over stacked models.
+are known, the sum of the gradients that they weigh. Without a `Memory` all is pure arithmetic on
+tensors of fixed shape, so that it also runs under `torch.vmap` over stacked models.
 
 Rows come patient by patient, `records` rows a patient; a patient's gradient is the sum over
 the rows, so rows are treated as one more axis of positions.
 """
 
+import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-Sums = Mapping[str, Tensor]
+from fedward.client.training.embeddings import embedding
+from fedward.client.training.parts import (
+    Call,
+    Into,
+    Memory,
+    Part,
+    Sums,
+    at,
+    by_patient,
+    room,
+    squared_norms,
+    stored,
+    sum_records,
+    weigh,
+)
 
 # Of a Gram sum that cancels to less than this share of its terms, float32 leaves too few
 # digits: an adversarial record could pass for shorter than it is.
 _CANCELLATION = 1e-3
 _KEPT = 2**21  # numbers, 8 MiB
 _ROUNDING = 2.0**-20  # 16 units in the last place of float32
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """A layer's share.
-
-    Attributes:
-        squared_norm: Shape `(patients,)`.
-        weighted: Of factors `(patients,)`, the weighted sum of gradients by parameter name.
-    """
-
-    squared_norm: Tensor
-    weighted: Callable[[Tensor], Sums]
-
-
-Call = tuple[Tensor, Tensor]  # what went into a layer, and the gradient of what came out
 
 
 def supported(layer: nn.Module) -> bool:
@@ -67,7 +65,9 @@ def learns(layer: nn.Module, name: str) -> bool:
     return isinstance(parameter, nn.Parameter) and parameter.requires_grad
 
 
-def part_of(layer: nn.Module, calls: Sequence[Call], *, records: int) -> Part:
+def part_of(
+    layer: nn.Module, calls: Sequence[Call], *, records: int, memory: Memory | None = None
+) -> Part:
     """A layer's share of every patient's gradient.
 
     Args:
@@ -75,21 +75,22 @@ def part_of(layer: nn.Module, calls: Sequence[Call], *, records: int) -> Part:
         calls: One for each time that the forward pass used the layer; a recurrent cell's
             gradient is the sum over its steps.
         records: Rows of one patient.
+        memory: For intermediate results; None where all is to be pure and of fixed shapes.
     """
     match layer:
         case nn.Linear():
-            return _linear(layer, calls, records)
+            return _linear(layer, calls, records, memory)
         case nn.Embedding():
-            return _embedding(layer, calls, records)
+            return embedding(layer, calls, records, memory)
         case nn.Conv1d() | nn.Conv2d():
-            return _convolution(layer, calls, records)
+            return _convolution(layer, calls, records, memory)
         case nn.GroupNorm() | nn.LayerNorm():
             return _affine(layer, calls, records)
         case _:
             raise ValueError(f"book-keeping does not know {type(layer).__name__}")
 
 
-def _linear(layer: nn.Linear, calls: Sequence[Call], records: int) -> Part:
+def _linear(layer: nn.Linear, calls: Sequence[Call], records: int, memory: Memory | None) -> Part:
     trained = learns(layer, "weight")
     biased = learns(layer, "bias")
     if len(calls) == 1 and records == 1 and calls[0][1].dim() == 2:  # noqa: PLR2004 (rows, columns)
@@ -106,21 +107,25 @@ def _linear(layer: nn.Linear, calls: Sequence[Call], records: int) -> Part:
         if not keep:
             squared = _gram(a, d)
         else:
-            gradients = d.transpose(1, 2) @ a
-            squared = _squared(gradients)
+            shape = (len(a), layer.out_features, layer.in_features)
+            gradients = torch.bmm(
+                d.transpose(1, 2), a, out=room(memory, (layer, "gradients"), shape, d)
+            )
+            squared = squared_norms(gradients)
     summed = d.sum(1) if biased else None
     if summed is not None:
         squared = squared + summed.square().sum(1)
 
-    def weighted(factors: Tensor) -> Sums:
+    def weighted(factors: Tensor, into: Into) -> Sums:
         sums = {}
         if gradients is not None:
-            sums["weight"] = (factors @ gradients.flatten(1)).view(gradients.shape[1:])
+            sums["weight"] = weigh(factors, gradients, into, "weight")
         elif trained:
-            scaled = (d * factors[:, None, None]).flatten(0, 1)
-            sums["weight"] = scaled.t() @ a.flatten(0, 1)
+            place = room(memory, (layer, "scaled"), d.shape, d)
+            scaled = torch.mul(d, factors[:, None, None], out=place).flatten(0, 1)
+            sums["weight"] = torch.mm(scaled.t(), a.flatten(0, 1), out=at(into, "weight"))
         if summed is not None:
-            sums["bias"] = factors @ summed
+            sums["bias"] = weigh(factors, summed, into, "bias")
         return sums
 
     return Part(_as_tensor(squared, d), weighted)
@@ -128,28 +133,21 @@ def _linear(layer: nn.Linear, calls: Sequence[Call], records: int) -> Part:
 
 def _linear_once(a: Tensor, d: Tensor, *, trained: bool, biased: bool) -> Part:
     """The gradient of a row is the outer product of `d` and `a`."""
-    length = torch.zeros_like(d[:, 0])
+    squared = squared_norms(d)
     if trained:
-        length = torch.linalg.vecdot(a, a)
-    if biased:
-        length = length + 1
+        length = squared_norms(a)
+        squared = squared * (length + 1 if biased else length)
 
-    def weighted(factors: Tensor) -> Sums:
+    def weighted(factors: Tensor, into: Into) -> Sums:
         scaled = d * factors[:, None]
         sums = {}
         if trained:
-            sums["weight"] = scaled.t() @ a
+            sums["weight"] = torch.mm(scaled.t(), a, out=at(into, "weight"))
         if biased:
-            sums["bias"] = scaled.sum(0)
+            sums["bias"] = torch.sum(scaled, 0, out=at(into, "bias"))
         return sums
 
-    return Part(torch.linalg.vecdot(d, d) * length, weighted)
-
-
-def _squared(values: Tensor) -> Tensor:
-    """Squared norms of rows, in one pass."""
-    norms: Tensor = torch.linalg.vector_norm(values.flatten(1), dim=1)
-    return norms.square()
+    return Part(squared, weighted)
 
 
 def _gram(a: Tensor, d: Tensor) -> Tensor:
@@ -164,46 +162,28 @@ def _gram(a: Tensor, d: Tensor) -> Tensor:
     return torch.where(squared < lengths * _CANCELLATION, safe, squared)
 
 
-def _embedding(layer: nn.Embedding, calls: Sequence[Call], records: int) -> Part:
-    tokens = torch.cat([_by_patient(a.reshape(len(a), -1), records) for a, _ in calls], 1)
-    d = torch.cat(
-        [_by_patient(d.reshape(len(d), -1, layer.embedding_dim), records) for _, d in calls], 1
-    )
-    if layer.padding_idx is not None:
-        d = d * (tokens != layer.padding_idx)[..., None]
-    # A patient's gradient has one row for each different token: add up the rows of equal ones.
-    ordered, order = tokens.sort(dim=1)
-    fresh = torch.cat(
-        [torch.zeros_like(ordered[:, :1]), (ordered[:, 1:] != ordered[:, :-1]).long()], 1
-    )
-    group = torch.zeros_like(order).scatter(1, order, fresh.cumsum(1))
-    rows = torch.zeros_like(d).scatter_add(1, group[..., None].expand_as(d), d)
-
-    def weighted(factors: Tensor) -> Sums:
-        total = torch.zeros_like(layer.weight, requires_grad=False)
-        scaled = (d * factors[:, None, None]).flatten(0, 1)
-        return {"weight": total.index_add(0, tokens.flatten(), scaled)}
-
-    return Part(_squared(rows), weighted)
-
-
-def _convolution(layer: nn.Conv1d | nn.Conv2d, calls: Sequence[Call], records: int) -> Part:
+def _convolution(
+    layer: nn.Conv1d | nn.Conv2d, calls: Sequence[Call], records: int, memory: Memory | None
+) -> Part:
     trained = learns(layer, "weight")
     biased = learns(layer, "bias")
     gradients: Tensor | None = None
     summed: Tensor | None = None
-    for a, d in calls:
+    for number, (a, d) in enumerate(calls):
         flat = d.flatten(2)
         if trained:
-            one = _sum_records(_kernel_gradients(layer, a, flat), records)
+            kernels = _kernel_gradients(layer, a, flat, memory, number)
+            one = sum_records(kernels, records)
             gradients = one if gradients is None else gradients + one
         if biased:
-            bias = _sum_records(flat.sum(2), records)
+            bias = sum_records(flat.sum(2), records)
             summed = bias if summed is None else summed + bias
-    return _stored(layer.weight, {"weight": gradients, "bias": summed})
+    return stored({"weight": gradients, "bias": summed}, layer.weight.shape)
 
 
-def _kernel_gradients(layer: nn.Conv1d | nn.Conv2d, a: Tensor, d: Tensor) -> Tensor:
+def _kernel_gradients(
+    layer: nn.Conv1d | nn.Conv2d, a: Tensor, d: Tensor, memory: Memory | None, number: int
+) -> Tensor:
     """Shape `(rows, out_channels, in_channels / groups * kernel)`."""
     if isinstance(layer.padding, str):
         raise TypeError("padding is a number; see `supported`")
@@ -221,10 +201,18 @@ def _kernel_gradients(layer: nn.Conv1d | nn.Conv2d, a: Tensor, d: Tensor) -> Ten
             (0, *padding),
             (1, *dilation),
         )
-    patches = functional.unfold(a, kernel, padding=padding, stride=stride, dilation=dilation)
-    if layer.groups == 1:
-        return d @ patches.transpose(1, 2)
     rows, positions = len(d), d.shape[2]
+    if memory is None:
+        patches = functional.unfold(a, kernel, padding=padding, stride=stride, dilation=dilation)
+    else:
+        shape = (rows, a.shape[1] * math.prod(kernel), positions)
+        patches = torch.ops.aten.im2col.out(
+            a, kernel, dilation, padding, stride, out=memory.take((layer, "patches"), shape, a)
+        )
+    if layer.groups == 1:
+        shape = (rows, layer.out_channels, patches.shape[1])
+        place = room(memory, (layer, "gradients", number), shape, d)
+        return torch.bmm(d, patches.transpose(1, 2), out=place)
     d = d.reshape(rows, layer.groups, -1, positions)
     patches = patches.reshape(rows, layer.groups, -1, positions)
     return (d @ patches.transpose(2, 3)).flatten(1, 2)
@@ -242,58 +230,25 @@ def _affine(layer: nn.GroupNorm | nn.LayerNorm, calls: Sequence[Call], records: 
             normal = functional.layer_norm(a, layer.normalized_shape, eps=layer.eps)
             shape = (len(d), -1, *layer.normalized_shape)
             product, plain = (normal * d).reshape(shape).sum(1), d.reshape(shape).sum(1)
-        product, plain = _sum_records(product, records), _sum_records(plain, records)
+        product, plain = sum_records(product, records), sum_records(plain, records)
         weight = product if weight is None else weight + product
         bias = plain if bias is None else bias + plain
-    return _stored(
-        layer.weight,
+    return stored(
         {
             "weight": weight if learns(layer, "weight") else None,
             "bias": bias if learns(layer, "bias") else None,
         },
+        layer.weight.shape,
     )
-
-
-def _stored(weight: Tensor, gradients: Mapping[str, Tensor | None]) -> Part:
-    """A share whose per-patient gradients are small enough to keep."""
-    kept = {name: value for name, value in gradients.items() if value is not None}
-    squared: Tensor | None = None
-    for value in kept.values():
-        norm = _squared(value)
-        squared = norm if squared is None else squared + norm
-    if squared is None:
-        raise ValueError("a layer without trained parameters has no share")
-
-    def weighted(factors: Tensor) -> Sums:
-        sums = {name: (factors @ value.flatten(1)) for name, value in kept.items()}
-        return {
-            name: value.view(weight.shape if name == "weight" else kept[name].shape[1:])
-            for name, value in sums.items()
-        }
-
-    return Part(squared, weighted)
 
 
 def _positions(calls: Sequence[Call], records: int) -> tuple[Tensor, Tensor]:
     """Inputs and output gradients as `(patients, positions, columns)`."""
-    inputs = [_by_patient(a.reshape(len(a), -1, a.shape[-1]), records) for a, _ in calls]
-    outputs = [_by_patient(d.reshape(len(d), -1, d.shape[-1]), records) for _, d in calls]
+    inputs = [by_patient(a.reshape(len(a), -1, a.shape[-1]), records) for a, _ in calls]
+    outputs = [by_patient(d.reshape(len(d), -1, d.shape[-1]), records) for _, d in calls]
     if len(calls) == 1:
         return inputs[0], outputs[0]
     return torch.cat(inputs, 1), torch.cat(outputs, 1)
-
-
-def _by_patient(value: Tensor, records: int) -> Tensor:
-    """`(patients * records, positions, ...)` to `(patients, records * positions, ...)`."""
-    if records == 1:
-        return value
-    return value.reshape(len(value) // records, records * value.shape[1], *value.shape[2:])
-
-
-def _sum_records(value: Tensor, records: int) -> Tensor:
-    if records == 1:
-        return value
-    return value.reshape(len(value) // records, records, *value.shape[1:]).sum(1)
 
 
 def _as_tensor(value: Tensor | float, like: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from fedward.client.training.bookkeeping import Loss
+from fedward.client.training.parts import Loss
 from fedward.client.training.plan import NotPrivate, Private, TrainingPlan
 from fedward.client.training.prefetch import drawing_ahead
 from fedward.client.training.session import Examples, Session, TrainingState, session

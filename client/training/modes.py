@@ -4,8 +4,9 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from fedward.client.training.bookkeeping import Loss, leaves_of
+from fedward.client.training.bookkeeping import leaves_of
 from fedward.client.training.clippers import BookKeeping, Clipper, ClosedForm, linear_of
+from fedward.client.training.parts import Loss
 from fedward.client.training.plan import Mode
 
 # Above this, per-record gradients of a batch cost more than a second backward pass.

@@ -15,8 +15,9 @@ from opacus.grad_sample import GradSampleModule, GradSampleModuleFastGradientCli
 from opacus.optimizers import DPOptimizer
 from torch import Tensor, nn
 
-from fedward.client.training.bookkeeping import Loss, clipping_factors
+from fedward.client.training.bookkeeping import clipping_factors
 from fedward.client.training.clippers import Clipped, sanitised
+from fedward.client.training.parts import Loss
 from fedward.client.training.sampler import Batch
 from fedward.privacy.mechanisms.noise import NoiseSource, add_noise
 

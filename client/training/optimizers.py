@@ -40,10 +40,19 @@ class FlatOptimizer:
             names = ("momentum",) if momentum else ()
         self._state = {name: torch.zeros_like(parameters) for name in names}
 
-    def step(self, gradient: Tensor, *, learning_rate: float) -> None:
-        """One step down `gradient`, which may be overwritten."""
+    def step(self, gradient: Tensor, *, learning_rate: float, scale: float = 1.0) -> None:
+        """One step down `scale` times `gradient`, which may be overwritten."""
         parameters = self._parameters
         self._steps += 1
+        if self._kind == "sgd" and not self._weight_decay:
+            # Every operation counts in a step that takes a fifth of a millisecond.
+            if self._momentum:
+                gradient = self._state["momentum"].mul_(self._momentum).add_(gradient, alpha=scale)
+                scale = 1.0
+            parameters.add_(gradient, alpha=-learning_rate * scale)
+            return
+        if scale != 1:
+            gradient.mul_(scale)
         if self._weight_decay:
             if self._kind == "adamw":
                 parameters.mul_(1 - learning_rate * self._weight_decay)

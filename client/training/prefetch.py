@@ -7,7 +7,7 @@ number, which is half of a step of a logistic regression.
 import numpy as np
 from numpy.typing import NDArray
 
-from fedward.privacy.mechanisms.noise import NoiseSource
+from fedward.privacy.mechanisms.noise import FillsMemory, NoiseSource
 
 _LARGEST = 1 << 14  # doubles held at a time; larger requests gain nothing
 
@@ -40,6 +40,13 @@ class Prefetched:
             )
         drawn, self._normal = self._normal[:size], self._normal[size:]
         return drawn * std
+
+    def fill_gaussian(self, out: NDArray[np.float64], *, std: float) -> None:
+        """See `FillsMemory`."""
+        if out.size > _LARGEST // 2 and isinstance(self._source, FillsMemory):
+            self._source.fill_gaussian(out, std=std)
+        else:
+            out[:] = self.gaussian(out.size, std=std)
 
     def uniform(self, size: int) -> NDArray[np.float64]:
         """See `NoiseSource`."""

@@ -11,9 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fedward.client.training.bookkeeping import Loss
 from fedward.client.training.layout import Layout
 from fedward.client.training.optimizers import FlatOptimizer
+from fedward.client.training.parts import Loss
 from fedward.client.training.plan import Private, TrainingPlan
 from fedward.client.training.sampler import Batch, PoissonSampler
 from fedward.privacy.mechanisms.noise import NoiseSource, add_noise
@@ -126,15 +126,18 @@ class Session:
         total, within = self.clipped_sum(batch)
         guarantee = self._plan.guarantee
         if isinstance(guarantee, Private):
-            released = add_noise(
-                total.cpu().numpy(),
-                std=guarantee.gradient_noise_multiplier * self.clip_norm,
-                source=noise,
-            )
-            total = torch.from_numpy(released).to(total.device)
+            std = guarantee.gradient_noise_multiplier * self.clip_norm
+            # In place: nothing without noise is left.
+            summed = total.cpu().numpy()
+            released = add_noise(summed, std=std, source=noise, out=summed)
+            if total.device.type != "cpu":
+                total = torch.from_numpy(released).to(total.device)
             self._adapt(guarantee, within - batch.patients / 2, noise)
-        total.div_(self._plan.expected_batch_size)
-        self._optimizer.step(total, learning_rate=self._plan.learning_rate_at(self.steps))
+        self._optimizer.step(
+            total,
+            learning_rate=self._plan.learning_rate_at(self.steps),
+            scale=1 / self._plan.expected_batch_size,
+        )
         self.steps += 1
         self._add_to_average()
 

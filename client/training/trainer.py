@@ -6,9 +6,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from fedward.client.training.bookkeeping import Loss, leaves_of
+from fedward.client.training.bookkeeping import leaves_of
 from fedward.client.training.layout import Layout
 from fedward.client.training.loop import LocalResult, run_session
+from fedward.client.training.parts import Loss
 from fedward.client.training.plan import NotPrivate, TrainingPlan
 from fedward.client.training.sampler import PoissonSampler
 from fedward.client.training.session import Examples, Session, make_sampler

@@ -6,8 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from fedward.client.training.bookkeeping import Loss
 from fedward.client.training.loop import train
+from fedward.client.training.parts import Loss
 from fedward.client.training.plan import Mode, Private, TrainingPlan
 from fedward.privacy.audits.conformance import Trainer, Trial
 from fedward.tasks.task import Examples

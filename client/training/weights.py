@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fedward.client.training.bookkeeping import Loss
+from fedward.client.training.parts import Loss
 
 
 def weighted(loss: Loss, weights: Sequence[float], *, largest: float = 10.0) -> Loss:

@@ -16,7 +16,7 @@ own (`normal`), so there is no pair.
 """
 
 import math
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 GRID_BITS = 16
 """Released values are multiples of the power of two in (std / 2**17, std / 2**16]."""
 
+_LARGE = 1 << 13  # from here on memory is worth a thought
 _CHUNK = 1 << 17  # a draw of a source has a fixed cost, and its working space is to stay small
 
 
@@ -50,8 +51,21 @@ class NoiseSource(Protocol):
         ...
 
 
+@runtime_checkable
+class FillsMemory(Protocol):
+    """A source that can draw into memory that is there already, which saves page faults."""
+
+    def fill_gaussian(self, out: NDArray[np.float64], *, std: float) -> None:
+        """Overwrite `out`, shape `(size,)`, contiguous, with what `gaussian` would give."""
+        ...
+
+
 def add_noise(
-    vector: NDArray[np.float32] | NDArray[np.float64], *, std: float, source: NoiseSource
+    vector: NDArray[np.float32] | NDArray[np.float64],
+    *,
+    std: float,
+    source: NoiseSource,
+    out: NDArray[np.float32] | None = None,
 ) -> NDArray[np.float32]:
     """Release `vector` with Gaussian noise: the only way in which anything leaves with noise.
 
@@ -63,9 +77,11 @@ def add_noise(
         std: Standard deviation of the noise on each element, > 0: noise multiplier times
             sensitivity.
         source: Where the noise comes from.
+        out: Where the result goes: contiguous, of the same shape, and possibly `vector` itself,
+            of which then nothing is left without noise. None for a new array.
 
     Returns:
-        A new array of the same shape.
+        An array of the same shape.
 
     Raises:
         ValueError: `std` is not positive and finite, or `vector` is not finite: an infinite or
@@ -74,15 +90,23 @@ def add_noise(
     if not (std > 0 and math.isfinite(std)):
         raise ValueError(f"std must be positive and finite, got {std}")
     flat: NDArray[Any] = np.ascontiguousarray(vector).reshape(-1)
-    released = np.empty(flat.size, dtype=np.float32)
+    released = np.empty(flat.size, dtype=np.float32) if out is None else out.reshape(-1)
+    if released.size != flat.size or not (out is None or out.flags.c_contiguous):
+        raise ValueError("out is contiguous and of the vector's shape")
     anchor = 1.5 * 2.0**52 * grid_step(std)
+    filler = source if flat.size >= _LARGE and isinstance(source, FillsMemory) else None
+    memory = np.empty(0 if filler is None else min(_CHUNK, flat.size))
     for start in range(0, flat.size, _CHUNK):
         part = flat[start : start + _CHUNK]
         if not np.isfinite(part).all():
             raise ValueError("a vector that is not finite cannot be released with noise")
-        noisy = np.asarray(source.gaussian(part.size, std=std), dtype=np.float64)
+        if filler is not None:
+            noisy = memory[: part.size]
+            filler.fill_gaussian(noisy, std=std)
+        else:
+            noisy = np.asarray(source.gaussian(part.size, std=std), dtype=np.float64)
         noisy += part
-        # Doubles of this size are multiples of `step`, so the addition rounds to the nearest.
+        # Doubles of this size are multiples of the step, so the addition rounds to the nearest.
         noisy += anchor
         np.subtract(noisy, anchor, out=released[start : start + _CHUNK], casting="same_kind")
     return released.reshape(np.shape(vector))

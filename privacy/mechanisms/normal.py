@@ -41,6 +41,8 @@ class Strips(NamedTuple):
         edges: Where strips begin, from 0, and where the last one ends, shape `(n + 1,)`.
         heights: Of the strips, below the density at their outer edges, shape `(n,)`.
         upper: The density at their inner edges, shape `(n,)`.
+        boxes: Around wedges: left edge, width, lower edge, height, shape `(n + 1, 4)`; the last
+            one stands for the tail and holds nothing.
         shares: Mass of the boxes around wedges and of the curve around the tail, summed up and
             divided by their sum, shape `(n + 1,)`.
     """
@@ -50,6 +52,7 @@ class Strips(NamedTuple):
     edges: NDArray[np.float64]
     heights: NDArray[np.float64]
     upper: NDArray[np.float64]
+    boxes: NDArray[np.float64]
     shares: NDArray[np.float64]
 
 
@@ -117,12 +120,11 @@ def beyond_strips(words: Words) -> NDArray[np.float64]:
     word >>= np.uint64(12)  # 52 bits, so that halves are exact and 1 is not reached
     which, across, up = (word.view(np.int64) + 0.5) * 2.0**-52
     box = np.searchsorted(parts.shares, which, side="right")
-    tail = box == len(parts.heights)
-    box[tail] = 0
-    x = parts.edges[box] + (parts.edges[box + 1] - parts.edges[box]) * across
-    low, high = parts.heights[box], parts.upper[box]
-    keep = low + (high - low) * up < _PER_ROOT * np.exp(-0.5 * x * x)
+    left, width, low, height = np.take(parts.boxes, box, axis=0).T
+    x = left + width * across
+    keep = low + height * up < _PER_ROOT * np.exp(-0.5 * x * x)
     # Marsaglia 1964: an exponential tail about the normal one.
+    tail = np.flatnonzero(box == len(parts.heights))
     excess = -np.log(across[tail]) / end
     x[tail] = end + excess
     keep[tail] = up[tail] < np.exp(-0.5 * excess * excess)
@@ -146,7 +148,9 @@ def strips() -> Strips:
     upper = _PER_ROOT * np.exp(-0.5 * edge[:-1] ** 2)
     around_tail = _PER_ROOT * math.exp(-0.5 * edges[-1] ** 2) / edges[-1]
     mass = np.append(wide * (upper - heights), around_tail).cumsum()
-    return Strips(places, count, edge, heights, upper, mass / mass[-1])
+    boxes = np.zeros((wide.size + 1, 4))
+    boxes[:-1] = np.column_stack([edge[:-1], wide, heights, upper - heights])
+    return Strips(places, count, edge, heights, upper, boxes, mass / mass[-1])
 
 
 def _width(start: float) -> float | None:

@@ -76,10 +76,15 @@ class SecureSource:
 
     def gaussian(self, size: int, *, std: float) -> NDArray[np.float64]:
         """See `NoiseSource` and `normal`: of each draw one word of 64 bits, or four and more."""
-        drawn, std = np.empty(_size(size)), _std(std)
-        with self._request():
-            self._normal.fill(drawn, std=std)
+        drawn = np.empty(_size(size))
+        self.fill_gaussian(drawn, std=std)
         return drawn
+
+    def fill_gaussian(self, out: NDArray[np.float64], *, std: float) -> None:
+        """See `FillsMemory`."""
+        std = _std(std)
+        with self._request():
+            self._normal.fill(out, std=std)
 
     @contextmanager
     def _request(self) -> Iterator[None]:
