@@ -13,7 +13,8 @@
     ├── AggregationAborted     round, who is missing, threshold
     ├── RunError               a run directory or its checkpoint cannot be used
     ├── SignatureInvalid       what does not verify
-    └── ReleaseRejected        which release, and why
+    ├── ReleaseRejected        which release, and why
+    └── RegistryUnreachable    which registry, and what it answered
 
 Messages say what was wrong, where, and what to do. They never hold a patient's data.
 """
@@ -141,3 +142,16 @@ class ReleaseRejected(FedwardError):
     def __init__(self, *, release: str, reason: str) -> None:
         self.release, self.reason = release, reason
         super().__init__(f"release {release} rejected: {reason}")
+
+
+class RegistryUnreachable(FedwardError):
+    """A registry does not answer, or answers what it may not.
+
+    Args:
+        registry: Its address.
+        reason: What was found, and what to do.
+    """
+
+    def __init__(self, *, registry: str, reason: str) -> None:
+        self.registry, self.reason = registry, reason
+        super().__init__(f"registry {registry}: {reason}")

@@ -172,11 +172,13 @@ class PublishSection(Section):
     """`[publish]`: where releases go, and who signs them.
 
     Both are paths relative to the study's file; `key` is an ECDSA P-256 private key in PEM. A
-    simulation without one makes its own. `card` is what the model card cannot know by itself.
+    simulation without one makes its own. `mirror`, as in oci://registry.example/hospitals, is an
+    OCI registry that each publication is copied to. `card` is what the model card cannot know.
     """
 
     registry: str = "releases"
     key: str | None = None
+    mirror: str | None = None
     card: CardSection = Field(default_factory=CardSection)
 
 

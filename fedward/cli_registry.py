@@ -81,6 +81,22 @@ def registry_refresh(
         sys.stdout.write(f"{registry} is signed anew\n")
 
 
+@registry_app.command("push")
+def registry_push(
+    registry: RegistryFolder,
+    address: Annotated[str, typer.Argument(help="oci://HOST/REPOSITORY", show_default=False)],
+    json_output: Json = False,
+) -> None:
+    """Copy what is new to an OCI registry, which hospitals follow with serve --registry."""
+    from fedward.server.oci import push_registry
+
+    pushed = push_registry(registry, address)
+    if json_output:
+        emit({"registry": str(registry), "to": address, "releases": pushed})
+    else:
+        sys.stdout.write(f"{address}: {', '.join(pushed) or 'no new release'}; metadata renewed\n")
+
+
 @registry_app.command("verify")
 def registry_verify(
     release: Annotated[Path, typer.Argument(help="The release's folder.", show_default=False)],

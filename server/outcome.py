@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedward.core.errors import ConfigError, UpdateRejected
+from fedward.core.errors import ConfigError, RegistryUnreachable, UpdateRejected
 from fedward.core.identity import Identity
 from fedward.core.run import RunDirectory
 from fedward.core.study import Study
@@ -19,6 +19,7 @@ from fedward.privacy.secagg import least_threshold
 from fedward.server.channel import Reply
 from fedward.server.execution import Execution
 from fedward.server.members import Member
+from fedward.server.oci import push_registry
 from fedward.server.publisher import publish
 from fedward.server.registry import Registry
 from fedward.server.statement import privacy_statement
@@ -164,6 +165,7 @@ def publish_outcome(
     copy = run.adopt_release(release)
     run.event("published", release=str(copy.name), version=release.name)
     _refresh(registry, publisher, run)
+    _mirror(registry, study.publish.mirror, run)
     _send_release(execution, release)
     result = {
         "run": str(run.path),
@@ -197,6 +199,18 @@ def _refresh(registry: Path, publisher: Identity, run: RunDirectory) -> None:
         run.event("registry not refreshed", reason=str(error))
     else:
         run.event("registry refreshed")
+
+
+def _mirror(registry: Path, address: str | None, run: RunDirectory) -> None:
+    """Copy the registry to where the study says; what goes wrong costs the run nothing."""
+    if address is None:
+        return
+    try:
+        pushed = push_registry(registry, address)
+    except (ConfigError, RegistryUnreachable) as error:
+        run.event("registry not mirrored", reason=str(error))
+    else:
+        run.event("registry mirrored", to=address, releases=pushed)
 
 
 def _send_release(execution: Execution, release: Path) -> None:

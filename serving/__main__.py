@@ -54,7 +54,9 @@ def _serve(words: list[str], program: str) -> None:
     parser.add_argument("--look-every", type=float, default=0.25, help="seconds between looks")
     parser.add_argument("--rate", type=float, default=5000.0, help="requests a second by caller")
     parser.add_argument("--grpc-port", type=int, help="answers gRPC there, too; 0: a free one")
-    parser.add_argument("--registry", type=Path, help="a registry to follow for newer releases")
+    parser.add_argument(
+        "--registry", type=_registry, help="to follow: a folder, or oci://HOST/NAME"
+    )
     parser.add_argument("--root", type=Path, help="the registry's pinned root of trust")
     parser.add_argument("--fetch-every", type=float, default=60.0, help="seconds between looks")
     for name, kind, about in _STAGES:
@@ -72,6 +74,10 @@ def _serve(words: list[str], program: str) -> None:
         fetch_every=chosen.fetch_every,
     )
     serve(Store(chosen.store, limits=_limits(chosen)), chosen.host, chosen.port, options=options)
+
+
+def _registry(text: str) -> Path | str:
+    return text if text.startswith("oci://") else Path(text)
 
 
 _STAGES: tuple[tuple[str, type, str], ...] = (

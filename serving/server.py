@@ -42,7 +42,8 @@ class Options:
             the adapter may ask, which only loopback allows.
         look_every: Seconds between two looks at the store.
         rate: Requests a second that one caller may make over time.
-        registry: A registry to follow through The Update Framework; None to wait for the inbox.
+        registry: A registry to follow through The Update Framework, its folder or the address of an
+            OCI registry; None to wait for the inbox.
         root: The registry's pinned root of trust.
         fetch_every: Seconds between two looks at the registry.
         grpc_port: Where gRPC is answered, too; 0 takes a free one, None does without.
@@ -54,7 +55,7 @@ class Options:
     keys: Path | None = None
     look_every: float = 0.25
     rate: float = 5000.0
-    registry: Path | None = None
+    registry: Path | str | None = None
     root: Path | None = None
     fetch_every: float = 60.0
     grpc_port: int | None = None
@@ -197,9 +198,9 @@ def _follow(service: Service, store: Store, how: Options) -> Callable[[], None]:
         return lambda: None
     if how.root is None:
         raise ConfigError("is followed, so pin its root of trust too", file=str(how.registry))
-    from fedward.serving.updates import Updates, problem_of
+    from fedward.serving.updates import follow, problem_of
 
-    updates = Updates(store, how.registry, how.root.read_bytes())
+    updates = follow(store, how.registry, how.root.read_bytes())
 
     def fetch() -> None:
         stale = problem_of(updates)

@@ -19,7 +19,7 @@ from tuf.api.exceptions import (
 from tuf.api.metadata import Metadata, Targets
 from tuf.ngclient import FetcherInterface, Updater
 
-from fedward.core.errors import FedwardError, ReleaseRejected
+from fedward.core.errors import FedwardError, RegistryUnreachable, ReleaseRejected
 from fedward.core.modelsigning import BUNDLE_NAME
 from fedward.core.release import valid_name
 from fedward.serving.store import Store
@@ -54,11 +54,13 @@ class Updates:
         store: The hospital's store; its `trusted.pem` must be pinned.
         registry: The registry's folder.
         root: The pinned root's bytes.
+        mirrored: Address of the OCI registry that the folder mirrors; None if it is no mirror.
     """
 
     store: Store
     registry: Path
     root: bytes
+    mirrored: str | None = None
 
     def look(self) -> str | None:
         """Install what is newer than what was installed.
@@ -71,6 +73,13 @@ class Updates:
                 or do not fit the release that they name. What serves goes on serving.
             SignatureInvalid: A release does not verify.
         """
+        if self.mirrored is not None:
+            from fedward.serving.oci import mirror_registry
+
+            try:
+                mirror_registry(self.mirrored, self.registry, self.store)
+            except RegistryUnreachable as error:
+                return str(error)
         state = self.store.folder / "state" / _TUF
         state.mkdir(parents=True, exist_ok=True)
         updater = Updater(
@@ -89,14 +98,14 @@ class Updates:
             raise ReleaseRejected(
                 release=str(self.registry), reason=f"its metadata do not verify: {error}"
             ) from error
-        targets = Metadata[Targets].from_file(str(state / "targets.json")).signed
+        self._install(Metadata[Targets].from_file(str(state / "targets.json")).signed)
+        return None
+
+    def _install(self, targets: Targets) -> None:
+        """Install what verified metadata name and the store does not know."""
         for model, version in sorted(_newest(targets).items()):
-            served = self.store.served().get(model)
-            if served is not None and version <= served.highest:
+            if self._known(model, version):
                 continue
-            tried = self.store.candidates().get(model)
-            if tried is not None and tried.stage == "failed" and version <= tried.version:
-                continue  # it was sent back for good, and the reason is kept
             folder = self.registry / model / str(version)
             target = targets.targets[f"{model}/{version}/{BUNDLE_NAME}"]
             try:
@@ -108,7 +117,19 @@ class Updates:
             release = self.store.install(folder, self.store.trusted())
             if release.label != f"{model}/{version}":
                 raise ReleaseRejected(release=str(folder), reason=f"it holds {release.label}")
-        return None
+
+    def _known(self, model: str, version: int) -> bool:
+        """Whether a version was installed before, or was sent back for good."""
+        served, tried = self.store.served().get(model), self.store.candidates().get(model)
+        failed = tried is not None and tried.stage == "failed" and version <= tried.version
+        return failed or (served is not None and version <= served.highest)
+
+
+def follow(store: Store, registry: Path | str, root: bytes) -> Updates:
+    """Follow a registry's folder, or an OCI registry by its address `oci://HOST/REPOSITORY`."""
+    if isinstance(registry, Path):
+        return Updates(store, registry, root)
+    return Updates(store, store.folder / "state" / "oci", root, mirrored=registry)
 
 
 def _newest(targets: Targets) -> dict[str, int]:
