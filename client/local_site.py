@@ -176,8 +176,12 @@ class LocalSite:
     def source(self, study: Study, *purpose: str | int) -> NoiseSource:
         """Where randomness comes from: a cryptographic stream, or in simulation the seed."""
         if self.simulated:
-            return simulated_source(study.study.seed, self.name, *purpose)
+            return simulated_source(*self.seed(study, *purpose))
         return secure_source()
+
+    def seed(self, study: Study, *purpose: str | int) -> tuple[str | int, ...]:
+        """What a simulated site's source for a purpose is made of."""
+        return (study.study.seed, self.name, *purpose)
 
     def model(self, study: Study, parameters: Vector | None) -> tuple[Task, nn.Module]:
         """The study's task, and its model with these parameters.

@@ -55,6 +55,8 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.stderr.write("stopped; a run goes on with --resume\n")
         sys.exit(130)
+    finally:
+        gc.freeze()  # or the interpreter looks through all of it once more before it ends
 
 
 @app.command()

@@ -5,7 +5,8 @@ so training as one batch goes past Flower; everything else goes through it.
 """
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from fedward.client.local_site import LocalSite
 from fedward.client.plan import training_plan
 from fedward.core.errors import AdmissionRefused, FedwardError
 from fedward.core.study import Study
+from fedward.privacy.mechanisms import NoiseSource
+from fedward.privacy.mechanisms.sources import SimulatedSource, simulated_sources
 from fedward.server.channel import Channel, Reply
 from fedward.simulations.cohort import Cohort, CohortSite, Turn
 from fedward.simulations.engines import Choice, choose_engine
@@ -47,6 +50,7 @@ class CohortChannel:
         self._choice: Choice | None = None
         self._cohort: Cohort | None = None
         self._numbers: dict[int, int] = {}
+        self._spent: Sequence[SimulatedSource] = ()
 
     def node_ids(self) -> list[int]:
         """All nodes."""
@@ -130,15 +134,48 @@ class CohortChannel:
         if not begun or self._cohort is None:
             return
         first: Round = next(iter(begun.values()))
+        sources = _Sources(
+            [self._sites[node] for node in begun],
+            (self._study, "train", first.number),
+            spent=self._spent,
+        )
         turns = [
-            Turn(self._numbers[node], self._source_of(node, state.number))
-            for node, state in begun.items()
+            Turn(self._numbers[node], partial(sources.of, place))
+            for place, node in enumerate(begun)
         ]
         yield from self._cohort.train(first.parameters, turns)
+        self._spent = sources.spent()
 
-    def _source_of(self, node: int, round_number: int) -> Callable[[], Any]:
-        site = self._sites[node]
-        return lambda: site.source(self._study, "train", round_number)
+
+class _Sources:
+    """Where the sites of a window draw from; those of simulated sites are made all at once.
+
+    Nothing is made before somebody asks: where nothing is drawn nobody does.
+    """
+
+    def __init__(
+        self,
+        sites: Sequence[LocalSite],
+        purpose: tuple[Study, str, int],
+        *,
+        spent: Sequence[SimulatedSource],
+    ) -> None:
+        self._sites, self._purpose, self._unused = sites, purpose, spent
+        self._made: Sequence[SimulatedSource] = ()
+        self._together = all(site.simulated for site in sites)
+
+    def of(self, place: int) -> NoiseSource:
+        """The source of the site in this place."""
+        if not self._together:
+            return self._sites[place].source(*self._purpose)
+        if not self._made:
+            seeds = [site.seed(*self._purpose) for site in self._sites]
+            self._made = simulated_sources(seeds, spent=self._unused)
+        return self._made[place]
+
+    def spent(self) -> Sequence[SimulatedSource]:
+        """Sources that nobody will draw from again."""
+        return self._made or self._unused
 
 
 class MemoryChannel:

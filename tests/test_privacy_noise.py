@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -21,10 +20,11 @@ from fedward.privacy.mechanisms import (
     add_noise,
     release_count,
     secure_source,
+    seeding,
     simulated_source,
 )
 from fedward.privacy.mechanisms.noise import grid_step
-from fedward.privacy.mechanisms.sources import SecureSource, SimulatedSource
+from fedward.privacy.mechanisms.sources import SecureSource, SimulatedSource, simulated_sources
 
 FALSE_ALARM = 1e-9
 DRAWS = 1_000_000
@@ -300,19 +300,33 @@ def test_a_count_is_released_with_the_noise_that_its_event_names() -> None:
         release_count(-1, noise_multiplier=1.0, source=source)
 
 
-def test_a_generator_that_is_used_again_starts_where_a_new_one_would() -> None:
-    key = hashlib.sha256(json.dumps([7, "cleveland", 3]).encode()).digest()
-    for _ in range(3):
-        fresh = np.random.Generator(np.random.Philox(np.random.SeedSequence(int.from_bytes(key))))
-        source = simulated_source(7, "cleveland", 3)
+def test_sources_made_together_or_started_anew_draw_what_each_alone_would() -> None:
+    seeds = [(7, f"site-{number}", "train", 3) for number in range(40)]
+    spent = simulated_sources([(1, number) for number in range(25)])
+    for source in spent:
+        source.gaussian(3, std=1.0)  # what it leaves half-used must not show
 
-        np.testing.assert_array_equal(source.uniform(7), fresh.random(7))
-        np.testing.assert_array_equal(source.gaussian(5, std=1.0), fresh.standard_normal(5))
+    together = simulated_sources(seeds, spent=spent)
 
-        # What it leaves half-used must not show in the next one.
-        other = simulated_source(8)
-        other.gaussian(3, std=1.0)
-        del source, other
+    assert len({id(source) for source in together}) == 40
+    for source, seed in zip(together, seeds, strict=True):
+        alone = simulated_source(*seed)
+        np.testing.assert_array_equal(source.uniform(7), alone.uniform(7))
+        np.testing.assert_array_equal(source.gaussian(5, std=1.0), alone.gaussian(5, std=1.0))
+    with pytest.raises(ValueError, match="needs a seed"):
+        simulated_sources([(1,), ()])
+    assert simulated_sources([]) == []
+
+
+def test_keys_are_those_of_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = [0, 1, 2**31, 2**224 - 1, 2**224, 2**256 - 1, *(3**n for n in range(1, 161, 3))]
+    digests = iter([number.to_bytes(32) for number in numbers])
+    monkeypatch.setattr(seeding, "_digest", lambda _: next(digests))
+
+    keys = seeding.philox_keys([(number,) for number in range(len(numbers))])
+
+    expected = [np.random.SeedSequence(n).generate_state(2, np.uint64) for n in numbers]
+    np.testing.assert_array_equal(keys, expected)
 
 
 def test_sources_that_live_at_the_same_time_do_not_share_a_generator() -> None:

@@ -15,6 +15,7 @@ from pfl.callback.base import TrainingProcessCallback
 from pfl.data.dataset import Dataset
 from pfl.data.federated_dataset import FederatedDataset
 from pfl.hyperparam import NNEvalHyperParams, NNTrainHyperParams
+from pfl.internal.ops.pytorch_ops import get_default_device
 from pfl.metrics import Metrics
 from pfl.model.pytorch import PyTorchModel
 from pfl.privacy.gaussian_mechanism import GaussianMechanism
@@ -66,9 +67,12 @@ def main() -> None:
     np.random.seed(0)  # noqa: NPY002 (pfl draws from the global generator)
     work = job.load(sys.argv[1])
     private = len(sys.argv) > 2 and sys.argv[2] == "private"
-    net, laps, users = Net(work), Laps(), itertools.cycle(range(len(work.sites)))
+    device = get_default_device()
+    net, laps = Net(work).to(device), Laps()
+    sites = [(x.to(device), y.to(device)) for x, y in work.sites]
+    users = itertools.cycle(range(len(sites)))
     data = FederatedDataset(
-        lambda user: Dataset(raw_data=work.sites[user], user_id=str(user)), lambda: next(users)
+        lambda user: Dataset(raw_data=sites[user], user_id=str(user)), lambda: next(users)
     )
     processors: list[Any] = [WeightByDatapoints()]
     if private:
@@ -84,7 +88,7 @@ def main() -> None:
         [laps],
         send_metrics_to_platform=False,
     )
-    job.report(work, net.net, laps.clock)
+    job.report(work, net.net.cpu(), laps.clock)
 
 
 if __name__ == "__main__":

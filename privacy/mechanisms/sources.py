@@ -1,12 +1,10 @@
 """The two sources of noise: a cryptographic stream, and a stream that repeats."""
 
-import hashlib
-import json
 import math
 import os
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -15,6 +13,7 @@ from numpy.typing import NDArray
 
 from fedward.privacy.mechanisms.noise import NoiseSource
 from fedward.privacy.mechanisms.normal import NormalDraws
+from fedward.privacy.mechanisms.seeding import Seed, philox_keys
 
 _KEY_BYTES = 32
 _ZERO_COUNTER = bytes(16)  # safe: every key encrypts one stream, once
@@ -43,7 +42,29 @@ def simulated_source(*seed: int | str) -> NoiseSource:
     """
     if not seed:
         raise ValueError("a simulated source needs a seed; real noise comes from secure_source()")
-    return SimulatedSource(hashlib.sha256(json.dumps(seed).encode()).digest())
+    return SimulatedSource(philox_keys([seed])[0])
+
+
+def simulated_sources(
+    seeds: Sequence[Seed], *, spent: Sequence["SimulatedSource"] = ()
+) -> list["SimulatedSource"]:
+    """`simulated_source` of each seed.
+
+    Args:
+        seeds: At least one part each.
+        spent: Sources that nobody will use again: they are started anew, which takes less time
+            than making others.
+
+    Raises:
+        ValueError: As `simulated_source`.
+    """
+    if not all(seeds):
+        raise ValueError("a simulated source needs a seed; real noise comes from secure_source()")
+    keys = philox_keys(seeds) if seeds else []
+    again = min(len(seeds), len(spent))
+    for source, key in zip(spent, keys, strict=False):
+        source.restart(key)
+    return [*spent[:again], *(SimulatedSource(key) for key in keys[again:])]
 
 
 class SecureSource:
@@ -112,20 +133,15 @@ class SimulatedSource:
 
     private = False
 
-    def __init__(self, key: bytes) -> None:
+    def __init__(self, key: NDArray[np.uint64]) -> None:
         self._lock = threading.Lock()
         # Philox under a hash of the seed: streams of different seeds have nothing in common.
-        words = np.random.SeedSequence(int.from_bytes(key)).generate_state(4).view(np.uint64)
-        self._generator = _idle.pop() if _idle else np.random.Generator(np.random.Philox(0))
-        self._generator.bit_generator.state = {
-            **_PHILOX,
-            "state": {"counter": _NO_WORDS, "key": words},
-        }
+        self._generator = np.random.Generator(np.random.Philox(key=key))
 
-    def __del__(self) -> None:
-        """Leave the generator to the next source: making one takes longer than setting its key."""
-        if len(_idle) < _MOST_IDLE:
-            _idle.append(self._generator)
+    def restart(self, key: NDArray[np.uint64]) -> None:
+        """Become the source of another key, from its beginning."""
+        state = {"counter": _NO_WORDS, "key": key}
+        self._generator.bit_generator.state = {**_PHILOX, "state": state}
 
     def uniform(self, size: int) -> NDArray[np.float64]:
         """See `NoiseSource`."""
@@ -140,8 +156,6 @@ class SimulatedSource:
         return drawn
 
 
-_MOST_IDLE = 4096
-_idle: list[np.random.Generator] = []  # of sources that are gone, under keys of no further use
 _NO_WORDS = np.zeros(4, np.uint64)
 _PHILOX = {
     "bit_generator": "Philox",
