@@ -237,6 +237,7 @@ class SimulationSection(Section):
     `sites` is a pattern of site files beside the study; without it the embedded data (the task's,
     or `dataset`) are spread by `partition` with `args`, and each site holds out `held_out`. Sites
     in `leave_out` take no part.
+    `threads` is how many sites train at a time where they train one by one in this process.
     `durable` gives each site a ledger file of its own, flushed like a real one. `crash` is the
     probability that a site crashes in the middle of a round; `coordinator_crash` the round in
     which the coordinator does, to go on from its checkpoint.
@@ -250,6 +251,7 @@ class SimulationSection(Section):
     args: Args = Field(default_factory=dict)
     runtime: Literal["in-process", "ray", "loopback"] = "in-process"
     engine: Literal["auto", "per-site", "vectorised"] = "auto"
+    threads: int = Field(default=1, ge=1, le=256)
     device: str = "cpu"
     durable: bool = False
     resources: Resources = Field(default_factory=Resources)

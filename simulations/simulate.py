@@ -2,7 +2,7 @@
 
 import gc
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -111,12 +111,17 @@ def run_in_process(
     client_app = make_app(
         lambda context: sites[files[str(context.node_config["site"])]], pack=InMemory
     )
-    grid = InProcessGrid(client_app, [{"site": file} for file in files], run_config=config)
+    grid = InProcessGrid(
+        client_app,
+        [{"site": file} for file in files],
+        run_config=config,
+        threads=study.simulation.threads,
+    )
     nodes = dict(zip(grid.get_node_ids(), sites.values(), strict=True))
     cohort = CohortChannel(FlowerChannel(grid, pack=InMemory), nodes, study=study, log=run.event)
     kept = MemoryChannel(cohort, nodes, keep=sites.keep)
     context = Context(grid.run.run_id, SUPERLINK_NODE_ID, {}, RecordDict(), dict(config))
-    with _looking_at_what_is_new():
+    with closing(grid), _looking_at_what_is_new():
         run_until_done(with_scenario(kept, scenario, run), context, run)
     sites.keep()
 

@@ -1,5 +1,6 @@
 """Simulated sites: the site's own code, with its state in memory and shared among thousands."""
 
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property, partial
@@ -144,17 +145,17 @@ class MemorySite(SimulatedSite):
         """As a site's; what was checked for one site is good for the others."""
         if parameters is not None and self._shared.checked is parameters:
             return parameters
-        self._shared.checked = super().check_parameters(study, parameters)
-        self._shared.fingerprint = None
-        return self._shared.checked
+        checked = super().check_parameters(study, parameters)
+        self._shared.checked = checked
+        return checked
 
     def fingerprint(self, parameters: Vector) -> str:
         """As a site's; taken once of what all sites are sent."""
-        if self._shared.checked is not parameters:
-            return super().fingerprint(parameters)
-        if self._shared.fingerprint is None:
-            self._shared.fingerprint = super().fingerprint(parameters)
-        return self._shared.fingerprint
+        known = self._shared.fingerprint
+        if known is None or known[0] is not parameters:
+            known = parameters, super().fingerprint(parameters)
+            self._shared.fingerprint = known
+        return known[1]
 
 
 class PartitionSite(MemorySite):
@@ -191,6 +192,13 @@ class MemoryOutbox:
         return self._kept
 
 
+class _Trainers(threading.local):
+    """Of each thread its own: a trainer trains one site at a time."""
+
+    def __init__(self) -> None:
+        self.by_study: dict[str, Trainer] = {}
+
+
 class Shared:
     """What the simulated sites of a run have in common: books, and tables read once.
 
@@ -202,10 +210,10 @@ class Shared:
         self.ledgers = ledgers
         self.sizes: dict[str, int] = {}
         self.checked: Vector | None = None
-        self.fingerprint: str | None = None
+        self.fingerprint: tuple[Vector, str] | None = None
         self._rows: dict[Path, dict[str, NDArray[np.int64]]] = {}
         self._models: dict[str, tuple[Task, nn.Module]] = {}
-        self._trainers: dict[str, Trainer] = {}
+        self._trainers = _Trainers()
         self._prepared: dict[tuple[str, str], tuple[Table, Examples, NDArray[np.bool_]]] = {}
 
     def model(self, study: Study) -> tuple[Task, nn.Module]:
@@ -216,12 +224,13 @@ class Shared:
         return self._models[study.hash]
 
     def trainer(self, study: Study) -> Trainer:
-        """The study's trainer, on a model that nobody else uses."""
-        if study.hash not in self._trainers:
+        """This thread's trainer of the study, on a model that nobody else uses."""
+        trainers = self._trainers.by_study
+        if study.hash not in trainers:
             task = get_task(study.study.task)
             model = task.model(study.model.name, **study.model.args)
-            self._trainers[study.hash] = Trainer(model, task.loss)
-        return self._trainers[study.hash]
+            trainers[study.hash] = Trainer(model, task.loss)
+        return trainers[study.hash]
 
     def examples(self, task: Task, study: Study, site: LocalSite) -> tuple[Examples, Examples]:
         """A site's training and held-out examples, from the pooled data prepared once."""

@@ -1,14 +1,21 @@
 """The contract of a grid, held by the in-process one."""
 
+import threading
+import time
 from collections.abc import Iterable
+from contextlib import closing
+from pathlib import Path
 
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
+from studies import EPSILON_4, NO_PRIVACY, write_study
+from test_simulate import model_of
 
 from fedward.server.channel import FlowerChannel
 from fedward.simulations.grid import InProcessGrid
+from fedward.simulations.simulate import prepare_run, simulate
 from fedward.transport.payload import Payload, pack, unpack
 
 
@@ -109,3 +116,56 @@ def test_a_reply_is_given_once() -> None:
 def test_the_wire_is_at_fault_only_for_itself() -> None:
     with pytest.raises(ValueError, match="do not travel"):
         pack(Payload({}, {"x": np.array(["text"])}))
+
+
+def test_nodes_that_train_at_the_same_time_answer_in_order_each_once() -> None:
+    app, together = ClientApp(), threading.Barrier(4, timeout=30)
+
+    @app.train("meet")
+    def meet(message: Message, context: Context) -> Message:
+        together.wait()  # passes only if four are here at once
+        return Message(pack(Payload({"partition": context.node_config["id"]})), reply_to=message)
+
+    with closing(InProcessGrid(app, [{"id": i} for i in range(8)], threads=4)) as grid:
+        nodes = list(grid.get_node_ids())
+        replies = FlowerChannel(grid).ask(
+            "train.meet", dict.fromkeys(nodes, Payload({})), round_number=1, deadline=30
+        )
+        said = [reply.payload and reply.payload.record["partition"] for reply in replies]
+
+    assert said == list(range(8))
+
+
+def test_what_is_not_training_is_one_node_after_the_other() -> None:
+    app, inside = ClientApp(), threading.Semaphore(1)
+
+    @app.query("alone")
+    def alone(message: Message, context: Context) -> Message:  # noqa: ARG001 (Flower's names)
+        assert inside.acquire(blocking=False)
+        time.sleep(0.01)
+        inside.release()
+        return Message(pack(Payload({"site": "a"})), reply_to=message)
+
+    with closing(InProcessGrid(app, [{}] * 6, threads=3)) as grid:
+        asked = dict.fromkeys(grid.get_node_ids(), Payload({}))
+        replies = FlowerChannel(grid).ask("query.alone", asked, round_number=1, deadline=30)
+        assert [reply.problem for reply in replies] == [None] * 6
+
+
+@pytest.mark.parametrize("privacy", [NO_PRIVACY, EPSILON_4], ids=["plain", "private"])
+def test_a_study_gives_the_same_bits_on_any_number_of_threads(tmp_path: Path, privacy: str) -> None:
+    models, spent = [], []
+    for threads in (1, 3):
+        lines = f"threads = {threads}\n"
+        extra = (
+            '[simulation]\nengine = "per-site"\npartition = "dirichlet"\n'
+            "args = { num_sites = 9, alpha = 5.0 }\n" + lines
+        )
+        folder = tmp_path / str(threads)
+        file = write_study(folder, rounds=3, privacy=privacy, extra=extra)
+        run = prepare_run(file, folder / "run")
+        metrics = simulate(file, run)
+        models.append(model_of(run))
+        spent.append({s: v.get("epsilon") for s, v in metrics["privacy"]["sites"].items()})
+    np.testing.assert_array_equal(models[0], models[1])
+    assert spent[0] == spent[1]

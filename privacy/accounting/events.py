@@ -165,10 +165,26 @@ def leaves(event: DpEvent) -> Leaves:
     Raises:
         ValueError: The event, or a part of it, is of a kind that Fedward does not price.
     """
+    return shared_leaves(event).copy()
+
+
+def shared_leaves(event: DpEvent) -> Leaves:
+    """`leaves(event)`, remembered. Not to be changed: who asks again gets the same."""
     try:
-        return _known_leaves(event).copy()
+        return _known_leaves(event)
     except TypeError:  # a composition holds a list, which has no hash
         return _found_leaves(event)
+
+
+def shared_json(event: DpEvent) -> dict[str, Any]:
+    """`event_to_json(event)`, remembered: a ledger writes the same event every round.
+
+    Not to be changed: who asks again gets the same.
+    """
+    try:
+        return _known_json(event)
+    except TypeError:
+        return event_to_json(event)
 
 
 def leaves_from_json(value: Any) -> Leaves:
@@ -250,6 +266,9 @@ def event_to_json(event: DpEvent) -> dict[str, Any]:
     if isinstance(event, dp_event.ComposedDpEvent):
         return {"event": "composed", "of": [event_to_json(part) for part in event.events]}
     raise ValueError(f"no price is known for a {type(event).__name__}")
+
+
+_known_json = lru_cache(maxsize=4096)(event_to_json)
 
 
 def event_from_json(value: Any) -> DpEvent:

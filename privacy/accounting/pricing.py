@@ -21,6 +21,7 @@ from fedward.privacy.accounting.events import DpEvent, Leaf, Leaves, event_of, l
 
 Unit = Literal["record", "patient", "site"]
 Accountant = Literal["pld", "rdp"]
+Content = tuple[tuple[Leaf, int], ...]
 
 GRID = 1e-3
 """Distance between the privacy losses that a PLD is rounded up to."""
@@ -120,9 +121,20 @@ def pld_epsilon(counted: Mapping[Leaf, int], *, delta: float) -> float | None:
     Over 500, or with noise under 0.1, the grid would be long, and nobody would permit the run;
     under a delta of 1e-10 the arithmetic is not exact enough.
     """
+    return _pld_epsilon(_content(counted), delta)
+
+
+def _content(counted: Mapping[Leaf, int]) -> Content:
+    """A composition as a key. In a fixed order, so that sums over it round alike everywhere."""
+    return tuple(sorted((leaf, n) for leaf, n in counted.items() if n > 0))
+
+
+# Thousands of simulated sites ask for the price of the same composition, which never changes.
+@functools.lru_cache(maxsize=4096)
+def _pld_epsilon(content: Content, delta: float) -> float | None:
     if delta < _SMALLEST_DELTA:
         return None
-    present = Counter({leaf: n for leaf, n in counted.items() if n > 0})
+    present: Leaves = Counter(dict(content))
     noise = [leaf.parameters[-1] for leaf in present if leaf.kind != "zcdp"]
     if any(value < _SMALLEST_NOISE for value in noise):
         return None
@@ -135,12 +147,17 @@ def rdp_epsilon(
     counted: Mapping[Leaf, int], *, delta: float, orders: tuple[float, ...] | None = None
 ) -> float:
     """Epsilon by Rényi DP: divergences add up, order by order; dp-accounting's orders."""
+    return _rdp_epsilon(_content(counted), delta, orders)
+
+
+@functools.lru_cache(maxsize=4096)
+def _rdp_epsilon(content: Content, delta: float, orders: tuple[float, ...] | None) -> float:
     from dp_accounting.rdp import compute_epsilon
     from dp_accounting.rdp.rdp_privacy_accountant import DEFAULT_RDP_ORDERS
 
     chosen = tuple(DEFAULT_RDP_ORDERS) if orders is None else orders
     total = np.zeros(len(chosen))
-    for leaf, count in counted.items():
+    for leaf, count in content:
         total += count * _renyi(leaf, chosen)
     return float(compute_epsilon(np.array(chosen), total, delta)[0])
 
@@ -179,6 +196,8 @@ def clear_cache() -> None:
     with _lock:
         _cache.clear()
         pld_of.cache_clear()
+        _pld_epsilon.cache_clear()
+        _rdp_epsilon.cache_clear()
 
 
 def _nearest(counted: Leaves) -> tuple[Any, Leaves]:

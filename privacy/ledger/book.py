@@ -14,7 +14,7 @@ from fedward.privacy.accounting import (
     Unit,
     event_to_json,
 )
-from fedward.privacy.accounting.events import Leaves, leaves
+from fedward.privacy.accounting.events import Leaves, leaves, shared_json, shared_leaves
 from fedward.privacy.accounting.pricing import best_epsilon, price
 from fedward.privacy.ledger.journal import Journal
 from fedward.privacy.ledger.records import (
@@ -212,7 +212,7 @@ class Ledger:
         """
         if round_number < 1:
             raise ValueError(f"round_number counts from 1, got {round_number}")
-        asked = leaves(event)
+        asked = shared_leaves(event)
         with self._journal.change():
             account = self._journal.state.studies.get(study)
             if account is None or not account.open:
@@ -226,7 +226,7 @@ class Ledger:
                 raise self._exhausted(study, asked)
             seq = self._journal.append(
                 "reserve",
-                {"study": study, "round": round_number, "event": event_to_json(event)},
+                {"study": study, "round": round_number, "event": shared_json(event)},
             )
         return Reservation(study=study, round_number=round_number, seq=seq)
 

@@ -26,8 +26,8 @@ _MIX_LEFT, _MIX_RIGHT = np.uint32(0xCA01F9DD), np.uint32(0x4973F715)
 def philox_keys(seeds: Sequence[Seed]) -> NDArray[np.uint64]:
     """Of each seed the key of its stream, shape `(len(seeds), 2)`."""
     digests = [_digest(seed) for seed in seeds]
-    if len(digests) == 1:
-        return _key_of(digests[0])[None]
+    if len(digests) <= 1:
+        return np.array([_key_of(digest) for digest in digests], np.uint64).reshape(-1, 2)
     # As SeedSequence has it: the digest is one large number, whose lowest word comes first.
     words = np.frombuffer(b"".join(digests), ">u4").astype(np.uint32)
     words = words.reshape(-1, _SEED_WORDS)[:, ::-1]
@@ -58,11 +58,11 @@ def _mix(words: Words) -> Words:
 
     def hashed(value: Words) -> Words:
         before, after = next(constants)
-        value = (value ^ before) * after
-        return value ^ (value >> _SHIFT)
+        scaled: Words = (value ^ before) * after
+        return scaled ^ (scaled >> _SHIFT)
 
     def mixed(x: Words, y: Words) -> Words:
-        value = _MIX_LEFT * x - _MIX_RIGHT * y
+        value: Words = _MIX_LEFT * x - _MIX_RIGHT * y
         return value ^ (value >> _SHIFT)
 
     pool = [hashed(words[:, number]) for number in range(_POOL)]

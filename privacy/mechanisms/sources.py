@@ -60,7 +60,7 @@ def simulated_sources(
     """
     if not all(seeds):
         raise ValueError("a simulated source needs a seed; real noise comes from secure_source()")
-    keys = philox_keys(seeds) if seeds else []
+    keys = philox_keys(seeds)
     again = min(len(seeds), len(spent))
     for source, key in zip(spent, keys, strict=False):
         source.restart(key)
