@@ -9,7 +9,7 @@ from importlib import resources
 import numpy as np
 from numpy.typing import NDArray
 
-from fedward.serving import cds, oip
+from fedward.serving import cds, oip, openapi
 from fedward.serving.catalogue import Live
 from fedward.serving.clinical import parse_json
 from fedward.serving.http import (
@@ -273,6 +273,11 @@ async def _decide(request: Request) -> Answer:
     )
 
 
+async def _openapi(request: Request) -> Answer:
+    catalogue = request.service.catalogue
+    return answer_json(openapi.describe(catalogue.get(n).signature for n in catalogue.names()))
+
+
 _PAGE_TYPES = {
     "index.html": b"text/html; charset=utf-8",
     "page.css": b"text/css; charset=utf-8",
@@ -336,6 +341,7 @@ ROUTES = (
     _route("monitor", "GET", rf"/monitor(?:/{_NAME})?", _monitor, _WATCHING),
     _route("status", "GET", "/status", _status, _WATCHING),
     _route("decide", "POST", rf"/manage/models/{_NAME}/(approve|decline)", _decide, _OPERATOR),
+    _route("openapi", "GET", r"/openapi\.json", _openapi, ()),
     _route("page", "GET", r"/(page\.css|page\.js|index\.html)?", _page, None),
     _route("roll-back", "POST", rf"/manage/models/{_NAME}/roll-back", _roll_back, _OPERATOR),
 )
