@@ -62,8 +62,9 @@ leave_out = [{leave_out}]
 """
 _NO_PRIVACY = 'mode = "none"\nacknowledge = "no privacy"'
 _PRIVATE = 'mode = "local"\nunit = "patient"\nepsilon = 4.0\ndelta = 1e-5\nclip_norm = 1.0'
-# Histograms of the training patients, so that the adapter notices drift: part of epsilon 4.
-_MONITOR = "\n[monitor]\nepsilon = 1.0\n"
+# Histograms of the training patients, so that the adapter notices drift: part of epsilon 4. And
+# figures by sex for the card.
+_MONITOR = "\n[monitor]\nepsilon = 1.0\n\n[evaluation]\nsubgroups = { sex = [] }\n"
 _WHAT = (
     "Four hospitals train one model of heart disease.\n"
     "Patients' records stay where they are; what leaves is clipped and noised."

@@ -21,6 +21,7 @@ from fedward.client.monitor import count_histograms, release_histograms
 from fedward.core.errors import ConfigError, UpdateRejected
 from fedward.core.run import RunDirectory
 from fedward.core.study import Study, load_study
+from fedward.privacy.mechanisms.stream import BitStream
 from fedward.serving.catalogue import Catalogue
 from fedward.serving.drift import PREDICTION, parse_monitor
 from fedward.serving.inbox import install_inbox
@@ -31,6 +32,9 @@ from fedward.tasks.parameters import to_vector
 from fedward.tasks.reference import size
 from fedward.tasks.registry import get_task
 from fedward.transport.monitor import (
+    NoisedCountSum,
+    local_monitor_noise,
+    monitor_codec,
     monitor_layout,
     monitor_mechanism,
     monitor_round,
@@ -324,3 +328,34 @@ def test_the_adapter_notices_drift_with_a_release_of_a_run(
     assert not any(shift.alarm for shift in same.values())
     assert older["age"].alarm
     assert not older["sex"].alarm
+
+
+def test_the_sum_of_the_fewest_shares_has_the_calibrated_noise_and_one_less_has_not(
+    tmp_path: Path,
+) -> None:
+    """False-alarm rate 1e-9: chi-square on some 7,000 draws of a known variance."""
+    file = write_study(tmp_path, privacy=DISTRIBUTED, rounds=ROUNDS, extra=ON + "bins = 50\n")
+    file.write_text(file.read_text().replace("secure = false", "secure = true"))
+    study = load_study(file)
+    codec = monitor_codec(study, sites=4)
+    assert isinstance(codec, NoisedCountSum)
+    cells = size(monitor_layout(study))
+    least = codec.mechanism.noise_multiplier * codec.mechanism.sensitivity
+
+    def p_value(shares: int) -> float:
+        draws = []
+        for _ in range(20):
+            total = np.zeros(cells + 1, np.uint32)
+            for _ in range(shares):
+                empty = np.zeros(cells, np.float32)
+                total += codec.encode(empty, weight=1.0, bits=BitStream.secure())
+            counts, sites = codec.decode(total)
+            assert sites == shares
+            draws.append(counts.astype(np.float64))
+        drawn = np.concatenate(draws)
+        return float(stats.chi2.cdf((drawn**2).sum() / least**2, df=drawn.size))
+
+    assert codec.mechanism.noise_multiplier >= local_monitor_noise(study)
+    assert codec.mechanism.clip_norm == pytest.approx(np.sqrt(14))
+    assert p_value(3) > 1e-9  # the fewest sites that a sum may hold
+    assert p_value(2) < 1e-9  # one of them forgot its share
