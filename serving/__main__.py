@@ -2,21 +2,24 @@
 
 `--store DIR` serves; `keys add|revoke|list --store DIR` looks after who may ask; `approve` and
 `decline --store DIR --by NAME MODEL VERSION` decide on what waits; `promote`, with the same words,
-ends a candidate's stages; `log verify --store DIR` checks the audit log.
+ends a candidate's stages; `log verify --store DIR` checks the audit log, and
+`values show|erase --store DIR PATIENT` opens or erases what it keeps of a patient.
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 from typing import get_args
 
 from fedward.core.errors import FedwardError
-from fedward.serving.audit import verify_log
+from fedward.serving.audit import read_log, verify_log
 from fedward.serving.gate import add_key, read_keys, revoke_key
 from fedward.serving.roles import Role
 from fedward.serving.server import Options, serve
 from fedward.serving.staging import Limits
 from fedward.serving.store import Store
+from fedward.serving.vault import Vault
 
 _PROGRAM = "python -m fedward.serving"
 
@@ -33,6 +36,8 @@ def main(arguments: list[str] | None = None, *, program: str = _PROGRAM) -> int:
                 _keys(words[1:], program)
             case ["log"]:
                 _log(words[1:], program)
+            case ["values"]:
+                _values(words[1:], program)
             case ["approve" | "decline" | "promote"]:
                 _decide(words, program)
             case _:
@@ -53,6 +58,11 @@ def _serve(words: list[str], program: str) -> None:
     parser.add_argument("--tls-key", type=Path, help="PEM private key")
     parser.add_argument("--look-every", type=float, default=0.25, help="seconds between looks")
     parser.add_argument("--rate", type=float, default=5000.0, help="requests a second by caller")
+    parser.add_argument(
+        "--record-values",
+        action="store_true",
+        help="keep patients' values in the audit log, sealed and erasable by X-Patient-Id",
+    )
     parser.add_argument("--grpc-port", type=int, help="answers gRPC there, too; 0: a free one")
     parser.add_argument(
         "--registry", type=_registry, help="to follow: a folder, or oci://HOST/NAME"
@@ -72,6 +82,7 @@ def _serve(words: list[str], program: str) -> None:
         registry=chosen.registry,
         root=chosen.root,
         fetch_every=chosen.fetch_every,
+        record_values=chosen.record_values,
     )
     serve(Store(chosen.store, limits=_limits(chosen)), chosen.host, chosen.port, options=options)
 
@@ -123,6 +134,25 @@ def _log(words: list[str], program: str) -> None:
     _store_option(parser)
     lines, head = verify_log(parser.parse_args(words).store / "state" / "audit.jsonl")
     print(f"{lines} lines verify; head {head}")
+
+
+def _values(words: list[str], program: str) -> None:
+    parser = argparse.ArgumentParser(prog=f"{program} values")
+    parser.add_argument("do", choices=("show", "erase", "rotate"))
+    _store_option(parser)
+    parser.add_argument("patient", nargs="?", default="", help="as X-Patient-Id said")
+    chosen = parser.parse_intermixed_args(words)
+    state = chosen.store / "state"
+    vault = Vault(state)
+    match chosen.do:
+        case "show":
+            verify_log(state / "audit.jsonl")
+            for line in vault.show(chosen.patient, read_log(state / "audit.jsonl")):
+                print(json.dumps(line))
+        case "erase":
+            print("erased" if vault.erase(chosen.patient) else "nothing was kept")
+        case _:
+            vault.rotate()
 
 
 def _decide(words: list[str], program: str) -> None:

@@ -2,28 +2,37 @@
 
 One JSON object a line; each holds the SHA-256 of the line before and its own. Lines are written
 and flushed to disk in groups by a thread, so that no request waits for the disk: a power cut
-loses at most the last group. It never holds a patient's value.
+loses at most the last group. It never holds a patient's value, but sealed by
+`vault` where the hospital asks for that.
 
 The chain shows what was changed, inserted, removed or reordered inside the file. Cutting lines
 off its end shows against any head written down elsewhere: `head` is in the metrics and on the page.
 """
 
 import json
+import logging
 import os
+import sqlite3
 import threading
 import time
 from collections import deque
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from fedward.core.canonical import digest
 from fedward.core.errors import FedwardError
+from fedward.serving.vault import Values, Vault, VaultError, bound
 
+_LOG = logging.getLogger("fedward.serving")
 _GENESIS = "0" * 64
 # One encoder for all lines: making it anew costs more than a line.
 _ENCODE = json.JSONEncoder(separators=(",", ":"), allow_nan=False, check_circular=False).encode
 _Fact = str | float | None
-_Entry = tuple[float, tuple[tuple[str, _Fact], ...]]  # when, and what by name
+_Facts = tuple[tuple[str, _Fact], ...]
+# When, what by name, and a patient's id and values where they are kept.
+_Entry = tuple[float, _Facts, tuple[str, Values] | None]
 _TAIL_LENGTH = len(b',"hash":"' + _GENESIS.encode() + b'"}\n')
 _GROUP_SECONDS = 0.05
 
@@ -47,12 +56,14 @@ class AuditLog:
 
     Args:
         file: Made if missing; verified if not.
+        vault: Seals patients' values; None keeps none.
 
     Raises:
         AuditCorrupt: The file does not verify. A torn last line of a crash is cut off.
     """
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, *, vault: Vault | None = None) -> None:
+        self._vault = vault
         file.parent.mkdir(parents=True, exist_ok=True)
         _cut_torn_line(file)
         self._number, self._head = verify_log(file)
@@ -77,14 +88,18 @@ class AuditLog:
         """The hash of the last line on disk, 64 hexadecimal digits."""
         return self._head
 
-    def append(self, action: str, **facts: _Fact) -> None:
+    def append(
+        self, action: str, *, patient: tuple[str, Values] | None = None, **facts: _Fact
+    ) -> None:
         """Record an action; returns at once.
 
         Args:
             action: What was done, one word.
+            patient: Their id and values: sealed with the log's vault, and left out without one.
             facts: Who, model, version, status; never a patient's value.
         """
-        self._waiting.append((time.time(), (("action", action), *facts.items())))
+        kept = None if self._vault is None else patient
+        self._waiting.append((time.time(), (("action", action), *facts.items()), kept))
         if not self._wake.is_set():
             self._wake.set()
 
@@ -126,13 +141,26 @@ class AuditLog:
         number, head = self._number, self._head
         for entry in group:
             number += 1
-            line, head = _line(entry, number=number, before=head)
+            line, head = _line(self._sealed(entry), number=number, before=head)
             lines.append(line)
         data = memoryview(b"".join(lines))
         while data:
             data = data[os.write(self._descriptor, data) :]
         os.fdatasync(self._descriptor)
         self._number, self._head = number, head
+
+    def _sealed(self, entry: _Entry) -> _Entry:
+        """With the patient's values sealed: off the event loop, as a new key goes to disk."""
+        when, facts, patient = entry
+        if patient is None or self._vault is None:
+            return entry
+        try:
+            sealed = self._vault.seal(*patient, line=bound(dict(facts)))
+        except (VaultError, sqlite3.Error, OSError) as error:
+            # The line is what must not be lost.
+            _LOG.error("a patient's values were not kept: %s", type(error).__name__)
+            sealed = {"values": "not kept"}
+        return when, (*facts, *sealed.items()), None
 
 
 def verify_log(file: Path) -> tuple[int, str]:
@@ -160,9 +188,16 @@ def verify_log(file: Path) -> tuple[int, str]:
     return number, head
 
 
+def read_log(file: Path) -> Iterator[dict[str, Any]]:
+    """A log's lines. Verify it first."""
+    with file.open("rb") as lines:
+        for line in lines:
+            yield json.loads(line)
+
+
 def _line(entry: _Entry, *, number: int, before: str) -> tuple[bytes, str]:
     """A line and its hash, which is of the line without it."""
-    when, facts = entry
+    when, facts, _ = entry
     body = f'{_facts(facts)},"time":{when!r},"number":{number},"before":"{before}"}}'.encode()
     own = digest(body)
     return body[:-1] + _tail(own), own

@@ -73,6 +73,10 @@ _PATHS: Mapping[str, tuple[tuple[str, ...], str, str | None, tuple[int, ...]]] =
         ("/manage/models/{model}/roll-back",),
         "Serve the version before", "Anything", (400, 403, 404, 409, 413, 415),
     ),
+    "erase": (
+        ("/manage/erase",),
+        "Erase a patient's values from the audit log", "Erasure", (400, 403, 404, 413, 415),
+    ),
     "openapi": (("/openapi.json",), "This description", None, ()),
 }  # fmt: skip
 _ANYBODY = ("ready", "live", "cds-services")
@@ -243,6 +247,11 @@ def _schemas(served: tuple[ModelSignature, ...]) -> dict[str, Schema]:
             "type": "object",
             "required": ["version"],
             "properties": {"version": {"type": "integer", "minimum": 1}},
+        },
+        "Erasure": {
+            "type": "object",
+            "required": ["patient"],
+            "properties": {"patient": {"type": "string", "minLength": 1, "maxLength": 128}},
         },
         "Anything": {},
         "Problem": {

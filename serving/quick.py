@@ -19,12 +19,13 @@ from uvicorn.protocols.http.httptools_impl import (
 
 from fedward.serving.app import App, answer_error
 from fedward.serving.http import JSON_TYPE, Answer
-from fedward.serving.routes import infer_now, infer_parts
+from fedward.serving.routes import PATIENT_HEADER, infer_now, infer_parts
 
 # A body of this size is parsed, and its rows are run, in less than a millisecond.
 MOST_BYTES = 16 * 1024
 # These change how a body or a connection is read.
 _UNUSUAL = {b"connection", b"transfer-encoding", b"upgrade", b"expect", b"content-encoding"}
+_UNUSUAL |= {PATIENT_HEADER}  # whose values may be kept
 _JSON_START = STATUS_LINE[200] + b"content-type: application/json\r\ncontent-length: "
 _JSON_ONLY = (JSON_TYPE,)
 

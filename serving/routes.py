@@ -56,9 +56,22 @@ class Request:
         version = self.parts[1] if len(self.parts) > 1 else None
         return self.service.catalogue.choose(self.parts[0], version, self.scope["headers"])
 
+    @property
+    def patient(self) -> str | None:
+        """Whose request it says that it is. Raises `Problem` 400."""
+        value = header(self.scope["headers"], PATIENT_HEADER)
+        return None if value is None else parse_patient_id(value.decode("latin-1"))
+
     async def body(self) -> bytes:
         """The body. Raises `Problem`."""
         return await read_body(self.scope, self.receive)
+
+
+def parse_patient_id(value: object) -> str:
+    """A patient's id. Raises `Problem` 400 if it cannot be one."""
+    if not isinstance(value, str) or not 0 < len(value) <= _LONGEST_ID or not value.isprintable():
+        raise Problem(400, f"a patient's id must be a text of 1 to {_LONGEST_ID} characters")
+    return value
 
 
 Handler = Callable[[Request], Awaitable[Answer]]
@@ -89,7 +102,7 @@ async def _infer(request: Request) -> Answer:
     length = header(request.scope["headers"], b"inference-header-content-length")
     asked = oip.parse_infer(body, length)
     outputs = await request.service.predict(
-        live, asked.inputs, caller=request.caller, action="infer"
+        live, asked.inputs, caller=request.caller, action="infer", patient=request.patient
     )
     return _inferred(live, asked, outputs)
 
@@ -142,14 +155,18 @@ def _inferred(live: Live, asked: oip.InferRequest, outputs: NDArray[np.float32])
 async def _predict(request: Request) -> Answer:
     live = request.chosen
     values = parse_json(await request.body())
-    answer = await request.service.answer_patient(live, values, caller=request.caller)
+    answer = await request.service.answer_patient(
+        live, values, caller=request.caller, patient=request.patient
+    )
     return answer_json(answer)
 
 
 async def _explain(request: Request) -> Answer:
     live = request.chosen
     values = parse_json(await request.body())
-    answer = await request.service.explain_patient(live, values, caller=request.caller)
+    answer = await request.service.explain_patient(
+        live, values, caller=request.caller, patient=request.patient
+    )
     return answer_json(answer)
 
 
@@ -240,12 +257,16 @@ async def _cds_services(request: Request) -> Answer:
 
 async def _cds_hook(request: Request) -> Answer:
     live = request.chosen
+    body = parse_json(await request.body())
     try:
-        inputs = cds.parse_hook(parse_json(await request.body()), live.signature)
+        inputs = cds.parse_hook(body, live.signature)
     except Problem as problem:
         request.service.note_refusal(live, problem)
         raise
-    outputs = await request.service.predict(live, inputs, caller=request.caller, action="cds-hook")
+    patient = parse_patient_id(body["context"]["patientId"])
+    outputs = await request.service.predict(
+        live, inputs, caller=request.caller, action="cds-hook", patient=patient
+    )
     return answer_json(cds.cards(live.signature, inputs, outputs, privacy=live.privacy))
 
 
@@ -271,6 +292,11 @@ async def _decide(request: Request) -> Answer:
             model, value.get("version"), caller=request.caller, approve=verb == "approve"
         )
     )
+
+
+async def _erase(request: Request) -> Answer:
+    patient = parse_patient_id(parse_json(await request.body()).get("patient"))
+    return answer_json(await request.service.erase(patient, caller=request.caller))
 
 
 async def _openapi(request: Request) -> Answer:
@@ -304,6 +330,8 @@ async def _page(request: Request) -> Answer:
     return Answer(_page_file(name), headers=headers)
 
 
+PATIENT_HEADER = b"x-patient-id"
+_LONGEST_ID = 128
 _MOST_EXPLAINED = 32
 _NAME = r"([^/:]+)"
 _MODEL = rf"/v2/models/{_NAME}(?:/versions/([^/]+))?"
@@ -341,6 +369,7 @@ ROUTES = (
     _route("monitor", "GET", rf"/monitor(?:/{_NAME})?", _monitor, _WATCHING),
     _route("status", "GET", "/status", _status, _WATCHING),
     _route("decide", "POST", rf"/manage/models/{_NAME}/(approve|decline)", _decide, _OPERATOR),
+    _route("erase", "POST", "/manage/erase", _erase, _OPERATOR),
     _route("openapi", "GET", r"/openapi\.json", _openapi, ()),
     _route("page", "GET", r"/(page\.css|page\.js|index\.html)?", _page, None),
     _route("roll-back", "POST", rf"/manage/models/{_NAME}/roll-back", _roll_back, _OPERATOR),

@@ -24,6 +24,7 @@ from fedward.serving.quick import QuickProtocol
 from fedward.serving.service import Service
 from fedward.serving.store import Store
 from fedward.serving.tokens import Tokens
+from fedward.serving.vault import ROTATE_AFTER, Vault
 from fedward.serving.watcher import Watcher
 
 _BACKLOG = 2048
@@ -46,6 +47,7 @@ class Options:
             OCI registry; None to wait for the inbox.
         root: The registry's pinned root of trust.
         fetch_every: Seconds between two looks at the registry.
+        record_values: Whether patients' values go into the audit log, sealed; see `vault`.
         grpc_port: Where gRPC is answered, too; 0 takes a free one, None does without.
     """
 
@@ -59,6 +61,7 @@ class Options:
     root: Path | None = None
     fetch_every: float = 60.0
     grpc_port: int | None = None
+    record_values: bool = False
 
 
 class _Server(uvicorn.Server):
@@ -148,10 +151,11 @@ def serve(
             file=str(how.keys or state / "keys.json"),
         )
     catalogue = Catalogue([])
-    with AuditLog(state / "audit.jsonl") as audit:
+    vault = Vault(state) if how.record_values else None
+    with AuditLog(state / "audit.jsonl", vault=vault) as audit:
         gate = Gate(keys, tokens=tokens, rate=how.rate)
         service = Service(catalogue, gate, audit=audit, store=store)
-        service.state = state
+        service.state, service.vault = state, vault
         follow = _follow(service, store, how)
         watcher = Watcher(
             store,
@@ -159,7 +163,7 @@ def serve(
             service.told,
             fetch=follow,
             fetch_every=how.fetch_every,
-            also=_refresh(service, tokens),
+            also=_chores(service, tokens),
         )
         watcher.look()
         if not catalogue.names():
@@ -211,17 +215,17 @@ def _follow(service: Service, store: Store, how: Options) -> Callable[[], None]:
     return fetch
 
 
-def _refresh(service: Service, tokens: Tokens | None) -> Callable[[], None]:
-    """What keeps the keys of those whose tokens are taken, and says what is wrong with them."""
-    if tokens is None:
-        return lambda: None
+def _chores(service: Service, tokens: Tokens | None) -> Callable[[], None]:
+    """What keeps others' keys current, says what is wrong with them, and replaces our own."""
 
-    def refresh() -> None:
-        for problem in tokens.refresh():
+    def do() -> None:
+        for problem in [] if tokens is None else tokens.refresh():
             if problem not in service.alarms:
                 service.alarms.append(problem)
+        if service.vault is not None:
+            service.vault.rotate(after=ROTATE_AFTER)
 
-    return refresh
+    return do
 
 
 def _is_loopback(host: str) -> bool:

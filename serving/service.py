@@ -22,6 +22,7 @@ from fedward.serving.problems import Problem
 from fedward.serving.roles import ANYONE, Caller, Role
 from fedward.serving.store import Store
 from fedward.serving.telemetry import Telemetry
+from fedward.serving.vault import Values, Vault
 
 # A batch this large would hold up other requests for more than about a millisecond.
 _ROWS_IN_THREAD = 256
@@ -38,6 +39,7 @@ class Service:
         audit: Where it is recorded; None records nothing (a service made for a test).
         store: Where releases are; None cannot roll back.
         state: Folder of receipts' key and outcomes; None takes no outcomes.
+        vault: Keys of patients' values in the audit log; None keeps no values.
         alarms: What an operator should see, the newest last.
         stale: Why the registry that is followed is not current; None if it is, or none is.
     """
@@ -48,6 +50,7 @@ class Service:
     audit: AuditLog | None = None
     store: Store | None = None
     state: Path | None = None
+    vault: Vault | None = None
     alarms: list[str] = field(default_factory=list)
     stale: str | None = None
     _receipts: Receipts | None = None
@@ -70,7 +73,13 @@ class Service:
         return self.admit(pairs, roles)
 
     async def predict(
-        self, live: Live, inputs: NDArray[np.float32], *, caller: Caller, action: str
+        self,
+        live: Live,
+        inputs: NDArray[np.float32],
+        *,
+        caller: Caller,
+        action: str,
+        patient: str | None = None,
     ) -> NDArray[np.float32]:
         """Guarded probabilities, counted, watched for drift and recorded.
 
@@ -79,6 +88,7 @@ class Service:
             inputs: float32, shape `(n, fields)`; NaN is missing.
             caller: Who asks.
             action: What the audit log calls it.
+            patient: Whose row it is: their values are kept, sealed, if the hospital says so.
 
         Returns:
             float32, shape `(n, outputs)`.
@@ -87,7 +97,7 @@ class Service:
             Problem: 400, 413 or 422; see `Guard.check`.
         """
         if len(inputs) <= _ROWS_IN_THREAD:
-            return self.predict_now(live, inputs, caller=caller, action=action)
+            return self.predict_now(live, inputs, caller=caller, action=action, patient=patient)
         try:
             outputs = await asyncio.to_thread(live.predict, inputs)
         except Problem as problem:
@@ -97,7 +107,13 @@ class Service:
         return outputs
 
     def predict_now(
-        self, live: Live, inputs: NDArray[np.float32], *, caller: Caller, action: str
+        self,
+        live: Live,
+        inputs: NDArray[np.float32],
+        *,
+        caller: Caller,
+        action: str,
+        patient: str | None = None,
     ) -> NDArray[np.float32]:
         """As `predict`, on the event loop: for few rows."""
         try:
@@ -105,7 +121,7 @@ class Service:
         except Problem as problem:
             self.note_refusal(live, problem)
             raise
-        self._predicted(live, inputs, outputs, caller=caller, action=action)
+        self._predicted(live, inputs, outputs, caller=caller, action=action, patient=patient)
         return outputs
 
     def _predicted(
@@ -116,18 +132,23 @@ class Service:
         *,
         caller: Caller,
         action: str,
+        patient: str | None = None,
     ) -> None:
         signature = live.signature
         live.drift.see(inputs, outputs)
         self.telemetry.predicted(signature.model, signature.version, len(inputs))
-        self.record(action, live, caller, rows=len(inputs))
+        kept = None
+        if patient is not None and len(inputs) == 1:
+            row = [None if value != value else value for value in inputs[0].tolist()]  # noqa: PLR0124 (NaN)
+            kept = patient, dict(zip((f.name for f in signature.fields), row, strict=True))
+        self.record(action, live, caller, rows=len(inputs), patient=kept)
 
     async def answer_patient(
-        self, live: Live, values: dict[str, Any], *, caller: Caller
+        self, live: Live, values: dict[str, Any], *, caller: Caller, patient: str | None = None
     ) -> dict[str, Any]:
         """What `/predict` answers. Raises `Problem`."""
         inputs = self.parse_patient(live, values)
-        outputs = await self.predict(live, inputs, caller=caller, action="predict")
+        outputs = await self.predict(live, inputs, caller=caller, action="predict", patient=patient)
         answer = clinical.answer(live.signature, inputs, outputs, privacy=live.privacy)
         if self.stale is not None:
             answer["stale"] = self.stale
@@ -140,11 +161,11 @@ class Service:
         return answer
 
     async def explain_patient(
-        self, live: Live, values: dict[str, Any], *, caller: Caller
+        self, live: Live, values: dict[str, Any], *, caller: Caller, patient: str | None = None
     ) -> dict[str, Any]:
         """`/predict`'s answer with each value's contribution. Raises `Problem`."""
         inputs = self.parse_patient(live, values)
-        outputs = await self.predict(live, inputs, caller=caller, action="explain")
+        outputs = await self.predict(live, inputs, caller=caller, action="explain", patient=patient)
         answer = clinical.answer(live.signature, inputs, outputs, privacy=live.privacy)
         return {**answer, **await self.contributions(live, inputs[0])}
 
@@ -247,6 +268,20 @@ class Service:
             await asyncio.to_thread(self.audit.flush)
         return {"model": model, "version": version, action: True}
 
+    async def erase(self, patient: str, *, caller: Caller) -> dict[str, Any]:
+        """Destroy the key of a patient's values in the audit log. Raises `Problem` 403 or 404."""
+        if caller is ANYONE:
+            raise Problem(403, "erasure needs API keys: make one with the role operator")
+        if self.vault is None:
+            raise Problem(404, "this adapter keeps no patient's values")
+        if self.audit is not None:
+            await asyncio.to_thread(self.audit.flush)  # what waits is of today's key
+        erased = await asyncio.to_thread(self.vault.erase, patient)
+        if self.audit is not None:
+            self.audit.append("erased", caller=caller.name, found=str(erased).lower())
+            await asyncio.to_thread(self.audit.flush)
+        return {"erased": erased}
+
     def told(self, action: str, *, model: str, version: int, reason: str = "") -> None:
         """Of a swap by the watcher, from its thread."""
         self.telemetry.swapped(model, action)
@@ -263,6 +298,7 @@ class Service:
         *,
         rows: int = 1,
         facts: Mapping[str, str] | None = None,
+        patient: tuple[str, Values] | None = None,
     ) -> None:
         """A line in the audit log; `facts` are codes, never a patient's values."""
         if self.audit is not None:
@@ -273,6 +309,7 @@ class Service:
                 version=signature.version,
                 caller=caller.name,
                 rows=rows,
+                patient=patient,
                 **(facts or {}),
             )
 
