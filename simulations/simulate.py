@@ -133,11 +133,13 @@ def _looking_at_what_is_new() -> Iterator[None]:
     Libraries and sites are hundreds of thousands of objects, none of them garbage, and looking
     through them all takes longer than a round of a thousand small sites.
     """
+    already = gc.get_freeze_count()
     gc.freeze()
     try:
         yield
     finally:
-        gc.unfreeze()
+        if not already:
+            gc.unfreeze()
 
 
 def released_parameters(run: RunDirectory, study: Study) -> Any:
