@@ -15,7 +15,9 @@ from fedward.serving.http import (
     Receive,
     Scope,
     Send,
+    Stream,
     send_answer,
+    send_stream,
 )
 from fedward.serving.problems import Problem
 from fedward.serving.roles import ANYONE
@@ -41,6 +43,7 @@ class App:
             return
         start = time.perf_counter()
         name = _OTHER
+        answer: Answer | Stream
         try:
             route, parts = find_route(scope["method"], scope["path"])
             name = route.name
@@ -49,12 +52,16 @@ class App:
             return
         except Exception as error:  # noqa: BLE001 (the last line before the network)
             answer = answer_error(name, error)
+        if isinstance(answer, Stream):
+            self.service.telemetry.answered(name, 200, time.perf_counter() - start)
+            await send_stream(receive, send, answer)
+            return
         await send_answer(send, answer)
         self.service.telemetry.answered(name, answer.status, time.perf_counter() - start)
 
     async def _answer(
         self, route: Route, parts: tuple[str | None, ...], scope: Scope, receive: Receive
-    ) -> Answer:
+    ) -> Answer | Stream:
         caller = ANYONE
         if route.roles is not None:
             caller = self.service.admit(scope["headers"], route.roles, path=scope["path"])

@@ -1,8 +1,9 @@
 """Bytes of HTTP over ASGI: bodies within their limits, and answers."""
 
+import asyncio
 import json
 import zlib
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,14 @@ class Answer:
     headers: tuple[tuple[bytes, bytes], ...] = (JSON_TYPE,)
 
 
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """An answer that goes on: parts of its body, as they come."""
+
+    parts: AsyncGenerator[bytes, None]
+    headers: tuple[tuple[bytes, bytes], ...]
+
+
 def answer_json(value: Any, *, status: int = 200) -> Answer:
     """An answer of JSON."""
     return Answer(json.dumps(value).encode(), status)
@@ -46,6 +55,27 @@ async def send_answer(send: Send, answer: Answer) -> None:
         }
     )
     await send({"type": "http.response.body", "body": answer.body})
+
+
+async def send_stream(receive: Receive, send: Send, stream: Stream) -> None:
+    """Send parts until there are no more, or the client has left."""
+    headers = list(stream.headers)
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    left = asyncio.ensure_future(_left(receive))
+    try:
+        async for part in stream.parts:
+            if left.done():
+                break
+            await send({"type": "http.response.body", "body": part, "more_body": True})
+    finally:
+        left.cancel()
+        await stream.parts.aclose()
+    await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _left(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        await asyncio.sleep(0)
 
 
 async def read_body(scope: Scope, receive: Receive) -> bytes:

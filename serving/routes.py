@@ -16,6 +16,7 @@ from fedward.serving.http import (
     Answer,
     Receive,
     Scope,
+    Stream,
     answer_json,
     header,
     read_body,
@@ -74,7 +75,7 @@ def parse_patient_id(value: object) -> str:
     return value
 
 
-Handler = Callable[[Request], Awaitable[Answer]]
+Handler = Callable[[Request], Awaitable[Answer | Stream]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,6 +250,11 @@ async def _status(request: Request) -> Answer:
     return answer_json(request.service.status())
 
 
+async def _events(request: Request) -> Stream:
+    headers = ((b"content-type", b"text/event-stream"), (b"cache-control", b"no-store"))
+    return Stream(request.service.events(), headers)
+
+
 async def _cds_services(request: Request) -> Answer:
     catalogue = request.service.catalogue
     served = [cds.service_of(catalogue.get(name).signature) for name in catalogue.names()]
@@ -308,6 +314,10 @@ _PAGE_TYPES = {
     "index.html": b"text/html; charset=utf-8",
     "page.css": b"text/css; charset=utf-8",
     "page.js": b"text/javascript; charset=utf-8",
+    "preact-htm.js": b"text/javascript; charset=utf-8",
+    "uplot.css": b"text/css; charset=utf-8",
+    "uplot.js": b"text/javascript; charset=utf-8",
+    "LICENSES.txt": b"text/plain; charset=utf-8",
 }
 _POLICY = (
     b"default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
@@ -368,9 +378,10 @@ ROUTES = (
     _route("metrics", "GET", "/metrics", _metrics, _WATCHING),
     _route("monitor", "GET", rf"/monitor(?:/{_NAME})?", _monitor, _WATCHING),
     _route("status", "GET", "/status", _status, _WATCHING),
+    _route("events", "GET", "/events", _events, _WATCHING),
     _route("decide", "POST", rf"/manage/models/{_NAME}/(approve|decline)", _decide, _OPERATOR),
     _route("erase", "POST", "/manage/erase", _erase, _OPERATOR),
     _route("openapi", "GET", r"/openapi\.json", _openapi, ()),
-    _route("page", "GET", r"/(page\.css|page\.js|index\.html)?", _page, None),
+    _route("page", "GET", f"/({'|'.join(map(re.escape, _PAGE_TYPES))})?", _page, None),
     _route("roll-back", "POST", rf"/manage/models/{_NAME}/roll-back", _roll_back, _OPERATOR),
 )

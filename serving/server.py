@@ -105,6 +105,7 @@ class _Server(uvicorn.Server):
             write_atomic(how.ready_file, json.dumps(address) + "\n")
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._service.stopping = True
         for task in self._tasks:
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):

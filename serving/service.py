@@ -1,7 +1,8 @@
 """What the adapter does, whatever protocol asks: admit, guard, predict, explain, count, record."""
 
 import asyncio
-from collections.abc import Iterable, Mapping, Sequence
+import json
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from fedward.serving.vault import Values, Vault
 
 # A batch this large would hold up other requests for more than about a millisecond.
 _ROWS_IN_THREAD = 256
+_MOST_FOLLOWERS = 16
+_TICK, _SILENCE = 0.5, 15.0  # seconds between looks, and until a sign of life
 
 
 @dataclass(slots=True)
@@ -41,6 +44,7 @@ class Service:
         state: Folder of receipts' key and outcomes; None takes no outcomes.
         vault: Keys of patients' values in the audit log; None keeps no values.
         alarms: What an operator should see, the newest last.
+        stopping: Whether the adapter is: ends what would go on.
         stale: Why the registry that is followed is not current; None if it is, or none is.
     """
 
@@ -53,6 +57,8 @@ class Service:
     vault: Vault | None = None
     alarms: list[str] = field(default_factory=list)
     stale: str | None = None
+    stopping: bool = False
+    _followers: int = 0
     _receipts: Receipts | None = None
     _outcomes: dict[str, Outcomes] = field(default_factory=dict)
 
@@ -340,6 +346,33 @@ class Service:
             "rollout": self._rollout(),
             "audit_head": None if self.audit is None else self.audit.head,
         }
+
+    def events(self) -> AsyncGenerator[bytes, None]:
+        """`status` as server-sent events: at once, and whenever it has changed.
+
+        Raises:
+            Problem: 429 where too many follow already.
+        """
+        if self._followers >= _MOST_FOLLOWERS:
+            raise Problem(429, "too many follow already", headers={"retry-after": "10"})
+        return self._events()
+
+    async def _events(self) -> AsyncGenerator[bytes, None]:
+        self._followers += 1
+        before, waited = "", 0.0
+        try:
+            while not self.stopping:
+                now = json.dumps(self.status())
+                if now != before:
+                    before, waited = now, 0.0
+                    yield f"data: {now}\n\n".encode()
+                elif waited >= _SILENCE:
+                    waited = 0.0
+                    yield b": still here\n\n"
+                await asyncio.sleep(_TICK)
+                waited += _TICK
+        finally:
+            self._followers -= 1
 
     def _rollout(self) -> dict[str, Any]:
         """Candidates by model: stage, and what was seen of them or why they were sent back."""
