@@ -246,7 +246,8 @@ def _show_hospitals(value: Mapping[str, Any]) -> None:
         table.add_column(name, justify="right" if name in {"patients", "with disease"} else "left")
     for site in value["sites"]:
         share = site["prevalence"]
-        bar = f"[red]{'█' * round(24 * share)}[/red][dim]{'█' * (24 - round(24 * share))}[/dim]"
+        filled = round(24 * share)  # readable without colours, too
+        bar = f"[red]{'█' * filled}[/red][dim]{'░' * (24 - filled)}[/dim]"
         table.add_row(site["name"], str(site["patients"]), f"{share:.0%}", bar)
     _OUT.print(table)
 
