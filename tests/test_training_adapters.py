@@ -1,10 +1,12 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedward.client.training import Private, TrainingPlan, train
+from fedward.client.training import NotPrivate, Private, TrainingPlan, train
 from fedward.client.training.adapters import LowRank, add_adapters
 from fedward.client.training.plan import Mode
 from fedward.client.training.weights import weighted
@@ -125,3 +127,50 @@ def test_class_weights_weigh() -> None:
     for bad in ([], [0.0, 1.0], [11.0], [float("nan")]):
         with pytest.raises(ValueError, match="class weights"):
             weighted(cross_entropy, bad)
+
+
+def test_a_start_from_public_data_costs_nothing_and_helps() -> None:
+    rng = np.random.default_rng(5)
+    direction = rng.standard_normal(6)
+
+    def drawn(rows: int) -> Examples:
+        features = rng.standard_normal((rows, 6)).astype(np.float32)
+        labels = ((np.abs(features @ direction)) > 1.5).astype(np.int64)
+        return Examples(features, labels, np.arange(rows))
+
+    def build() -> nn.Sequential:
+        torch.manual_seed(1)
+        return nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 2))
+
+    def accuracy(model: nn.Module, examples: Examples) -> float:
+        found = model(torch.from_numpy(np.asarray(examples.features))).argmax(1).numpy()
+        return float(np.mean(found == examples.labels))
+
+    public, patients, test = drawn(2000), drawn(300), drawn(2000)
+    pretraining = TrainingPlan(
+        learning_rate=0.3,
+        momentum=0.9,
+        steps=300,
+        sample_rate=0.1,
+        expected_batch_size=200,
+        guarantee=NotPrivate(),
+    )
+    private = replace(
+        pretraining,
+        momentum=0.0,
+        steps=30,
+        expected_batch_size=30,
+        guarantee=Private(clip_norm=0.5, noise_multiplier=3.0),
+    )
+    start = build()
+    train(start, cross_entropy, public, plan=pretraining, noise=simulated_source(1))
+    start[0].requires_grad_(False)
+    trunk = start[0].weight.clone()
+    scratch = build()
+
+    warm = train(start, cross_entropy, patients, plan=private, noise=simulated_source(2))
+    cold = train(scratch, cross_entropy, patients, plan=private, noise=simulated_source(2))
+
+    assert warm.event == cold.event
+    assert torch.equal(start[0].weight, trunk)
+    assert accuracy(start, test) > accuracy(scratch, test) + 0.1
