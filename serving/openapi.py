@@ -73,6 +73,9 @@ _PATHS: Mapping[str, tuple[tuple[str, ...], str, str | None, tuple[int, ...]]] =
         ("/manage/models/{model}/roll-back",),
         "Serve the version before", "Anything", (400, 403, 404, 409, 413, 415),
     ),
+    "graphql": (
+        ("/graphql",), "GraphQL, with the extra of this name", "Query", (400, 404, 413, 415),
+    ),
     "erase": (
         ("/manage/erase",),
         "Erase a patient's values from the audit log", "Erasure", (400, 403, 404, 413, 415),
@@ -247,6 +250,15 @@ def _schemas(served: tuple[ModelSignature, ...]) -> dict[str, Schema]:
             "type": "object",
             "required": ["version"],
             "properties": {"version": {"type": "integer", "minimum": 1}},
+        },
+        "Query": {
+            "type": "object",
+            "required": ["query"],
+            "properties": {
+                "query": _TEXT,
+                "variables": {"type": ["object", "null"]},
+                "operationName": {"type": ["string", "null"]},
+            },
         },
         "Erasure": {
             "type": "object",

@@ -9,7 +9,7 @@ from importlib import resources
 import numpy as np
 from numpy.typing import NDArray
 
-from fedward.serving import cds, oip, openapi
+from fedward.serving import cds, graph, oip, openapi
 from fedward.serving.catalogue import Live
 from fedward.serving.clinical import parse_json
 from fedward.serving.http import (
@@ -250,6 +250,11 @@ async def _status(request: Request) -> Answer:
     return answer_json(request.service.status())
 
 
+async def _graphql(request: Request) -> Answer:
+    body = parse_json(await request.body())
+    return answer_json(await graph.answer(request.service, body, caller=request.caller))
+
+
 async def _events(request: Request) -> Stream:
     headers = ((b"content-type", b"text/event-stream"), (b"cache-control", b"no-store"))
     return Stream(request.service.events(), headers)
@@ -378,6 +383,7 @@ ROUTES = (
     _route("metrics", "GET", "/metrics", _metrics, _WATCHING),
     _route("monitor", "GET", rf"/monitor(?:/{_NAME})?", _monitor, _WATCHING),
     _route("status", "GET", "/status", _status, _WATCHING),
+    _route("graphql", "POST", "/graphql", _graphql, _CLINICIAN),
     _route("events", "GET", "/events", _events, _WATCHING),
     _route("decide", "POST", rf"/manage/models/{_NAME}/(approve|decline)", _decide, _OPERATOR),
     _route("erase", "POST", "/manage/erase", _erase, _OPERATOR),

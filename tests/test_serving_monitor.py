@@ -8,12 +8,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fairlearn.metrics import (
+    MetricFrame,
+    count,
+    false_positive_rate,
+    selection_rate,
+    true_positive_rate,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from release_samples import MODEL, SIGNATURE, release_files, sigmoid_of, valid_inputs
 from scipy.stats import ks_2samp
 from serving_client import ask
-from sklearn.metrics import brier_score_loss, confusion_matrix
+from sklearn.metrics import brier_score_loss, confusion_matrix, precision_score
 
 from fedward.core.identity import Identity
 from fedward.core.release import read_release
@@ -132,6 +139,33 @@ def test_rates_and_calibration_equal_scikit_learns(seed: int) -> None:
         assert rates["fpr"] == pytest.approx(fp / (fp + tn), abs=1e-12)
         assert rates["ppv"] == pytest.approx(tp / (tp + fp), abs=1e-12)
         assert rates["selection_rate"] == pytest.approx(positive[mine].mean(), abs=1e-12)
+
+
+@given(st.integers(0, 10**6))
+def test_subgroup_rates_equal_fairlearns(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    outcomes, positive = rng.random(200) < 0.4, rng.random(200) < 0.5
+    groups = rng.choice(["female", "male", "not stated"], 200, p=[0.5, 0.4, 0.1]).tolist()
+    frame = MetricFrame(
+        metrics={
+            "tpr": true_positive_rate,
+            "fpr": false_positive_rate,
+            "ppv": lambda truth, said: precision_score(truth, said, zero_division=np.nan),
+            "selection_rate": selection_rate,
+            "count": count,
+        },
+        y_true=outcomes,
+        y_pred=positive,
+        sensitive_features=groups,
+    )
+
+    ours = by_group(positive, outcomes, groups)
+
+    assert set(ours) == set(frame.by_group.index)
+    for group, rates in ours.items():
+        # A rate over nobody is left out here, 0 or NaN there.
+        for name, value in rates.items():
+            assert value == pytest.approx(frame.by_group.loc[group, name], abs=1e-9), name
 
 
 def test_calibration_error_by_hand() -> None:
