@@ -63,6 +63,7 @@ def _serve(words: list[str], program: str) -> None:
         action="store_true",
         help="keep patients' values in the audit log, sealed and erasable by X-Patient-Id",
     )
+    parser.add_argument("--otlp", metavar="URL", help="OpenTelemetry collector to send spans to")
     parser.add_argument("--grpc-port", type=int, help="answers gRPC there, too; 0: a free one")
     parser.add_argument(
         "--registry", type=_registry, help="to follow: a folder, or oci://HOST/NAME"
@@ -83,6 +84,7 @@ def _serve(words: list[str], program: str) -> None:
         root=chosen.root,
         fetch_every=chosen.fetch_every,
         record_values=chosen.record_values,
+        otlp=chosen.otlp,
     )
     serve(Store(chosen.store, limits=_limits(chosen)), chosen.host, chosen.port, options=options)
 

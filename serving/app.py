@@ -53,11 +53,12 @@ class App:
         except Exception as error:  # noqa: BLE001 (the last line before the network)
             answer = answer_error(name, error)
         if isinstance(answer, Stream):
-            self.service.telemetry.answered(name, 200, time.perf_counter() - start)
+            self.service.answered(name, 200, time.perf_counter() - start, scope["headers"])
             await send_stream(receive, send, answer)
             return
         await send_answer(send, answer)
-        self.service.telemetry.answered(name, answer.status, time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+        self.service.answered(name, answer.status, seconds, scope["headers"])
 
     async def _answer(
         self, route: Route, parts: tuple[str | None, ...], scope: Scope, receive: Receive

@@ -84,8 +84,8 @@ class QuickProtocol(HttpToolsProtocol):
         except Exception as error:  # noqa: BLE001 (the last line before the network)
             answer = answer_error("infer", error)
         self._write(answer)
-        self._adapter.service.telemetry.answered(
-            "infer", answer.status, time.perf_counter() - start
+        self._adapter.service.answered(
+            "infer", answer.status, time.perf_counter() - start, self.headers
         )
         self.server_state.total_requests += 1
         if self._stopping:

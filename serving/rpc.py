@@ -186,7 +186,11 @@ def _answering(
             # The type only: a message may quote a patient's values.
             _LOG.error("answering %s failed: %s", route, type(error).__name__)
             status, code, details = 500, grpc.StatusCode.INTERNAL, "internal error; see the log"
-        service.telemetry.answered(route, status, time.perf_counter() - start)
+        pairs = (
+            (name.encode(), value if isinstance(value, bytes) else value.encode())
+            for name, value in context.invocation_metadata()
+        )
+        service.answered(route, status, time.perf_counter() - start, pairs)
         if response is None:
             await context.abort(code, details)
         return response

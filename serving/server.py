@@ -24,6 +24,7 @@ from fedward.serving.quick import QuickProtocol
 from fedward.serving.service import Service
 from fedward.serving.store import Store
 from fedward.serving.tokens import Tokens
+from fedward.serving.traces import Traces
 from fedward.serving.vault import ROTATE_AFTER, Vault
 from fedward.serving.watcher import Watcher
 
@@ -48,6 +49,7 @@ class Options:
         root: The registry's pinned root of trust.
         fetch_every: Seconds between two looks at the registry.
         record_values: Whether patients' values go into the audit log, sealed; see `vault`.
+        otlp: An OpenTelemetry collector that gets a span for each request.
         grpc_port: Where gRPC is answered, too; 0 takes a free one, None does without.
     """
 
@@ -62,6 +64,7 @@ class Options:
     fetch_every: float = 60.0
     grpc_port: int | None = None
     record_values: bool = False
+    otlp: str | None = None
 
 
 class _Server(uvicorn.Server):
@@ -113,6 +116,8 @@ class _Server(uvicorn.Server):
         if self._rpc is not None:
             await self._rpc.stop(_GRACE)
         await super().shutdown(sockets=sockets)
+        if self._service.traces is not None:
+            await asyncio.to_thread(self._service.traces.close)
 
 
 def serve(
@@ -157,6 +162,8 @@ def serve(
         gate = Gate(keys, tokens=tokens, rate=how.rate)
         service = Service(catalogue, gate, audit=audit, store=store)
         service.state, service.vault = state, vault
+        if how.otlp is not None:
+            service.traces = Traces(how.otlp)
         follow = _follow(service, store, how)
         watcher = Watcher(
             store,

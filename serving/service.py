@@ -23,6 +23,7 @@ from fedward.serving.problems import Problem
 from fedward.serving.roles import ANYONE, Caller, Role
 from fedward.serving.store import Store
 from fedward.serving.telemetry import Telemetry
+from fedward.serving.traces import Traces
 from fedward.serving.vault import Values, Vault
 
 # A batch this large would hold up other requests for more than about a millisecond.
@@ -43,6 +44,7 @@ class Service:
         store: Where releases are; None cannot roll back.
         state: Folder of receipts' key and outcomes; None takes no outcomes.
         vault: Keys of patients' values in the audit log; None keeps no values.
+        traces: Where spans go; None sends none.
         alarms: What an operator should see, the newest last.
         stopping: Whether the adapter is: ends what would go on.
         stale: Why the registry that is followed is not current; None if it is, or none is.
@@ -55,12 +57,19 @@ class Service:
     store: Store | None = None
     state: Path | None = None
     vault: Vault | None = None
+    traces: Traces | None = None
     alarms: list[str] = field(default_factory=list)
     stale: str | None = None
     stopping: bool = False
     _followers: int = 0
     _receipts: Receipts | None = None
     _outcomes: dict[str, Outcomes] = field(default_factory=dict)
+
+    def answered(self, route: str, status: int, seconds: float, headers: Headers) -> None:
+        """Count a request that was answered, and send its span where one is asked for."""
+        self.telemetry.answered(route, status, seconds)
+        if self.traces is not None:
+            self.traces.answered(route, status, seconds, headers)
 
     def admit(self, headers: Headers, roles: Sequence[Role], *, path: str = "") -> Caller:
         """Who asks, if one of `roles` may. Raises `Problem` 401, 403 or 429."""
