@@ -164,13 +164,13 @@ def test_a_start_from_public_data_costs_nothing_and_helps() -> None:
     )
     start = build()
     train(start, cross_entropy, public, plan=pretraining, noise=simulated_source(1))
-    start[0].requires_grad_(False)
-    trunk = start[0].weight.clone()
+    trunk = start[0].requires_grad_(False)
+    before = next(trunk.parameters()).clone()
     scratch = build()
 
     warm = train(start, cross_entropy, patients, plan=private, noise=simulated_source(2))
     cold = train(scratch, cross_entropy, patients, plan=private, noise=simulated_source(2))
 
     assert warm.event == cold.event
-    assert torch.equal(start[0].weight, trunk)
+    assert torch.equal(next(trunk.parameters()), before)
     assert accuracy(start, test) > accuracy(scratch, test) + 0.1
