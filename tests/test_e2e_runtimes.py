@@ -4,6 +4,7 @@ Once without privacy, once with noise shared out under secure aggregation.
 """
 
 import gc
+import warnings
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -24,9 +25,11 @@ ROUNDS = 2
 
 @pytest.fixture(autouse=True)
 def swept() -> Iterator[None]:
-    """Ray leaves open files to the collector: here they are its own, in a later test an error."""
+    """Ray leaves open files to the collector; what it finds in a later test is an error there."""
     yield
-    gc.collect()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
 
 
 @pytest.fixture(scope="module")
