@@ -2,6 +2,18 @@
 
 from pathlib import Path
 
+CSV_SITE = """\
+[site]
+name = "st-elsewhere"
+[data]
+source = "csv"
+path = "patients.csv"
+patient_id = "pid"
+public_size = 300
+[policy]
+tasks = ["heart-disease"]
+max_epsilon = 8.0
+"""
 STUDY = """\
 [study]
 name = "heart"

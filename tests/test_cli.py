@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from studies import write_study
+from studies import CSV_SITE, write_study
 
 ROW = {
     "pid": "p1",
@@ -26,18 +26,6 @@ ROW = {
     "thallium_scan": "",
     "heart_disease": "1",
 }
-SITE = """\
-[site]
-name = "st-elsewhere"
-[data]
-source = "csv"
-path = "patients.csv"
-patient_id = "pid"
-public_size = 300
-[policy]
-tasks = ["heart-disease"]
-max_epsilon = 8.0
-"""
 
 
 def fedward(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -154,7 +142,7 @@ def csv_of(*rows: dict[str, str]) -> str:
 
 
 def test_a_hospitals_own_csv_is_read(tmp_path: Path) -> None:
-    (tmp_path / "site.toml").write_text(SITE)
+    (tmp_path / "site.toml").write_text(CSV_SITE)
     (tmp_path / "patients.csv").write_text(csv_of(ROW, ROW | {"pid": "p2", "age": ""}))
 
     done = fedward("site", "check", "site.toml", "--json", cwd=tmp_path)
@@ -175,7 +163,7 @@ def test_a_hospitals_own_csv_is_read(tmp_path: Path) -> None:
     ],
 )
 def test_a_csv_that_cannot_be_used_ends_with_1(tmp_path: Path, text: str, says: list[str]) -> None:
-    (tmp_path / "site.toml").write_text(SITE)
+    (tmp_path / "site.toml").write_text(CSV_SITE)
     (tmp_path / "patients.csv").write_text(text)
 
     done = fedward("site", "check", "site.toml", cwd=tmp_path)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from studies import CSV_SITE
 from torch import nn
 
 from fedward.cli import main
@@ -27,18 +28,6 @@ from fedward.privacy.accounting import dp_sgd_event
 from fedward.privacy.audits.conformance import Trainer
 from fedward.privacy.ledger import Ledger, verify_export
 
-SITE = """\
-[site]
-name = "st-elsewhere"
-[data]
-source = "csv"
-path = "patients.csv"
-patient_id = "pid"
-public_size = 300
-[policy]
-tasks = ["heart-disease"]
-max_epsilon = 8.0
-"""
 DELTA = 1e-5
 ROUNDS = {"first": 3, "second": 2}
 
@@ -69,7 +58,7 @@ def fedward(*arguments: str | Path, cwd: Path) -> Done:
 def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A real site's folder, after two studies; the copy `older` lacks the second."""
     folder = tmp_path_factory.mktemp("site")
-    (folder / "site.toml").write_text(SITE)
+    (folder / "site.toml").write_text(CSV_SITE)
     identity = Identity.generate_site()
     identity.save(folder / "state" / "identity.pem")
     path = folder / "state" / "ledger.sqlite"
@@ -211,7 +200,7 @@ def test_what_was_changed_in_the_file_is_said(site: Path, statement: str, where:
 
 
 def test_the_ledger_of_another_site_is_not_shown(site: Path) -> None:
-    (site / "site.toml").write_text(SITE.replace("st-elsewhere", "general"))
+    (site / "site.toml").write_text(CSV_SITE.replace("st-elsewhere", "general"))
 
     done = fedward("ledger", "show", "site.toml", cwd=site)
 
@@ -220,7 +209,7 @@ def test_the_ledger_of_another_site_is_not_shown(site: Path) -> None:
 
 
 def test_a_site_that_has_not_trained_is_told_so(tmp_path: Path) -> None:
-    (tmp_path / "site.toml").write_text(SITE)
+    (tmp_path / "site.toml").write_text(CSV_SITE)
 
     done = fedward("ledger", "show", "site.toml", cwd=tmp_path)
 
