@@ -201,7 +201,9 @@ def _epsilon_curves(
             ).epsilon
             for mark in marks
         ]
-    return marks, curves
+        # The ledger's figure: it counts what was released after the last round, too.
+        curves[site].append(statement["epsilon"])
+    return [*marks, done], curves
 
 
 def _statement(privacy: Mapping[str, Any]) -> str:
@@ -210,13 +212,20 @@ def _statement(privacy: Mapping[str, Any]) -> str:
         f"<td>{s['noise_multiplier']:.3f}</td><td>{s['sample_rate']:.3g}</td><td>{s['steps']}</td></tr>"
         for site, s in privacy["sites"].items()
     )
+    histograms = [s["monitor"] for s in privacy["sites"].values() if "monitor" in s]
+    included = (
+        "Both include one release of histograms for drift (noise multiplier "
+        f"{histograms[0]['noise_multiplier']:.3f}). "
+        if histograms
+        else ""
+    )
     return (
         '<h2>Privacy statement</h2><div class="panel"><table><tr><th>hospital</th>'
         "<th>epsilon (PLD)</th><th>epsilon (RDP)</th><th>noise multiplier</th>"
         f"<th>sample rate</th><th>steps</th></tr>{rows}</table></div>"
         f'<p class="small">delta {privacy["delta"]:g}, per {_e(privacy["unit"])}, '
         f"{_e(privacy['neighboring_relation'])}, clip norm {privacy['clip_norm']:g}. Both figures "
-        "are upper bounds; the one by PLD is claimed. Holds against "
+        f"are upper bounds; the one by PLD is claimed. {included}Holds against "
         f"{_e(privacy['adversary'])}. Held-out patients are covered at the same epsilon by "
         "noise on the metrics that the hospitals report.</p>" + _adversaries(privacy)
     )

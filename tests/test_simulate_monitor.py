@@ -26,6 +26,7 @@ from fedward.serving.catalogue import Catalogue
 from fedward.serving.drift import PREDICTION, parse_monitor
 from fedward.serving.inbox import install_inbox
 from fedward.serving.store import Store
+from fedward.simulations.report import write_report
 from fedward.simulations.simulate import prepare_run, released_parameters, simulate
 from fedward.tasks import datasets
 from fedward.tasks.parameters import to_vector
@@ -120,6 +121,16 @@ def test_the_ledger_charges_it_jointly_with_training_as_dp_accounting_does(
         assert len(own) == 1
         assert own[0].event == dp_accounting.GaussianDpEvent(histograms)
         ledger.verify()
+
+
+def test_the_report_says_that_its_epsilon_includes_the_histograms(tmp_path: Path) -> None:
+    with_histograms, result = run_study(tmp_path / "with")
+    without, _ = run_study(tmp_path / "without", extra="")
+    noise = next(iter(result["privacy"]["sites"].values()))["monitor"]["noise_multiplier"]
+    says = f"Both include one release of histograms for drift (noise multiplier {noise:.3f})."
+
+    assert says in write_report(with_histograms).read_text()
+    assert "histograms for drift" not in write_report(without).read_text()
 
 
 def test_the_adversaries_of_a_distributed_run_see_the_histograms_too(tmp_path: Path) -> None:
