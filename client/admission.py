@@ -36,6 +36,13 @@ def check_policy(site: Site, study: Study) -> None:
         raise refuse(
             "allow_no_privacy = false", 'the study has [privacy] mode = "none"; choose a mode'
         )
+    record = study.privacy.mode != "none" and study.privacy.unit == "record"
+    if record and not policy.allow_record_unit:
+        raise refuse(
+            "allow_record_unit = false",
+            'the study has [privacy] unit = "record", which protects a patient with many records '
+            'less; choose unit = "patient" with max_records',
+        )
     if study.privacy.mode != "none" and study.privacy.delta > policy.delta:
         raise refuse(
             f"delta = {policy.delta:g}",

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from fedward.client.acceptance import NotAccepted, judge, keep_refusal
 from fedward.client.admission import check_policy
-from fedward.client.evaluation import evaluate_groups, evaluate_model
+from fedward.client.evaluation import counted_rows, evaluate_groups, evaluate_model
 from fedward.client.local_site import Admitted, LocalSite
 from fedward.client.outbox import Kept
 from fedward.client.plan import plan_site, training_plan
@@ -222,10 +222,10 @@ def _finish_shared(site: LocalSite, begun: Round, total: Vector) -> Payload:
 def evaluate_release(site: LocalSite, request: Payload) -> Payload:
     """Metrics of a model on the held-out patients, as sums, and what the run has cost.
 
-    Where the study is private, so are the sums: each held-out patient adds one to one cell of a
-    histogram, and to one more for each field with subgroups; Gaussian noise at the study's
-    epsilon covers that. It is released once; asked
-    again, the site answers with the same.
+    Where the study is private, so are the sums: each row of a held-out patient, of at most
+    `max_records`, adds one to one cell of a histogram, and to one more for each field with
+    subgroups; Gaussian noise at the study's epsilon covers that. It is released once; asked again,
+    the site answers with the same.
 
     Raises:
         AdmissionRefused, BudgetExceeded, UpdateRejected: Nothing was released.
@@ -238,9 +238,11 @@ def evaluate_release(site: LocalSite, request: Payload) -> Payload:
     groups = groupings(task.schema, study.evaluation.subgroups)
     if groups:
         _, table = site.tables(task, study)
+        table = table.take(counted_rows(table.patient_ids, study))
         exact = evaluate_groups(task, model, table, groups, private=private)
     else:
         _, held_out = site.examples(task, study)
+        held_out = held_out.take(counted_rows(held_out.units.tolist(), study))
         exact = evaluate_model(task, model, held_out)
         exact = task.private_metrics(exact) if private else exact
     if not private:

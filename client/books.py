@@ -3,14 +3,19 @@
 Looking at a ledger imports neither torch nor Flower: a second, not fifteen.
 """
 
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from fedward.core.errors import LedgerCorrupt
 from fedward.core.identity import Identity
 from fedward.core.site import Site, load_site
-from fedward.privacy.ledger import Ledger, Population
+from fedward.privacy.accounting import Unit
+from fedward.privacy.accounting.events import Leaves, event_of, leaves
+from fedward.privacy.ledger import Entry, Ledger, Population
 from fedward.privacy.ledger.simulated import take_out
+from fedward.privacy.units import guarantees_to_json, patient_guarantees, worst_guarantees
 
 _POPULATIONS: tuple[Population, ...] = ("training", "held-out")
 _POINTS = 8  # of the picture: each is priced, which takes some 25 ms
@@ -55,13 +60,22 @@ def ledger_summary(file: Path) -> dict[str, Any]:
             population: ledger.spent(delta, population=population) for population in _POPULATIONS
         }
         worst = max(_POPULATIONS, key=lambda name: populations[name].epsilon)
+        entries = ledger.entries()
+        shown = {
+            name: spent.to_json() | _patients(entries, delta, unit=spent.unit, population=name)
+            for name, spent in populations.items()
+        }
+        # A patient is in one population; with several records another one may be the worse.
+        patients = worst_guarantees(
+            total["patients"] for total in shown.values() if "patients" in total
+        )
         return {
             "site": ledger.site,
             "simulated": ledger.simulated,
             "limit": site.policy.max_epsilon,
-            "spent": populations[worst].to_json(),
-            "populations": {name: spent.to_json() for name, spent in populations.items()},
-            "studies": _by_study(ledger, delta),
+            "spent": shown[worst] | ({"patients": patients} if patients else {}),
+            "populations": shown,
+            "studies": _by_study(ledger, entries, delta),
             "history": [
                 {"time": point.time.isoformat(), "study": point.study, "epsilon": point.epsilon}
                 for point in ledger.history(delta, population=worst, points=_POINTS)
@@ -70,9 +84,27 @@ def ledger_summary(file: Path) -> dict[str, Any]:
         }
 
 
-def _by_study(ledger: Ledger, delta: float) -> list[dict[str, Any]]:
+def _patients(
+    entries: Sequence[Entry], delta: float, *, unit: Unit, population: Population, study: str = ""
+) -> dict[str, Any]:
+    """What a total per record means for patients with several, under the key `patients`."""
+    if unit != "record":
+        return {}
+    by_unit: dict[bool, Leaves] = {True: Counter(), False: Counter()}
+    for entry in entries:
+        if entry.kind != "reserve" or (study and entry.study != study):
+            continue
+        if entry.population in {population, "all"}:
+            by_unit[entry.unit == "record"].update(leaves(entry.event))
+    found = patient_guarantees(
+        event_of(by_unit[True]), delta=delta, beside=event_of(by_unit[False])
+    )
+    return {"patients": guarantees_to_json(found)}
+
+
+def _by_study(ledger: Ledger, entries: Sequence[Entry], delta: float) -> list[dict[str, Any]]:
     studies: dict[str, dict[str, Any]] = {}
-    for entry in ledger.entries():
+    for entry in entries:
         if entry.kind == "allot":
             begun: dict[str, Any] = {"study": entry.study, "population": entry.population}
             begun |= {"rounds": 0, "unsettled": 0, "first": entry.time.isoformat()}
@@ -87,7 +119,9 @@ def _by_study(ledger: Ledger, delta: float) -> list[dict[str, Any]]:
             row["rounds"] += 1
             row["unsettled"] += entry.state == "reserved"
     for study, row in studies.items():
-        row["epsilon"] = ledger.spent_by(study, delta).to_json()["epsilon"]
+        spent, population = ledger.spent_by(study, delta), row["population"]
+        row.update({"epsilon": spent.to_json()["epsilon"], "unit": spent.unit, "note": spent.note})
+        row.update(_patients(entries, delta, unit=spent.unit, population=population, study=study))
     return list(studies.values())
 
 

@@ -1,6 +1,5 @@
 """What a study may cost here, and has: between the study, the plan and the ledger."""
 
-import math
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +18,8 @@ from fedward.privacy.accounting import (
 )
 from fedward.privacy.accounting.events import Leaves, event_of, leaves
 from fedward.privacy.ledger import Ledger, Reservation
-from fedward.transport.monitor import monitor_round, monitor_sensitivity
+from fedward.privacy.units import guarantees_to_json, patient_guarantees
+from fedward.transport.monitor import metrics_sensitivity, monitor_round, monitor_sensitivity
 
 _EVALUATION_ROUND = 1
 _ACCEPTANCE = "whether the site takes the release: one word about its held-out patients"
@@ -46,8 +46,8 @@ class Budget:
 
     @property
     def evaluation_std(self) -> float:
-        """Standard deviation on each count of metrics; subgroups are counted beside everybody."""
-        return self.evaluation_noise * math.sqrt(1 + len(self.study.evaluation.subgroups))
+        """Standard deviation on each count of metrics."""
+        return self.evaluation_noise * metrics_sensitivity(self.study)
 
     def allot(self) -> None:
         """Ask the ledger for the whole run.
@@ -119,7 +119,10 @@ class Budget:
             self.ledger.close(study, delta=self.site.policy.delta)
 
     def statement(self) -> dict[str, Any]:
-        """What the study has cost, as it goes into the release."""
+        """What the study has cost, as it goes into the release.
+
+        Where records are protected, what that means for patients with several stands beside it.
+        """
         delta = self.study.privacy.delta
         spent = self.ledger.spent_by(self.study.hash, delta)
         evaluation = self.ledger.spent_by(self._evaluation, delta)
@@ -133,14 +136,20 @@ class Budget:
                 "noise_multiplier": self.plan.monitor_noise,
                 "sensitivity": monitor_sensitivity(self.study),
             }
+        recorded = self._recorded(self.study.hash)
+        held_out = evaluation.to_json()
+        if self.study.privacy.unit == "record":
+            release = gaussian_event(self.evaluation_noise)
+            extra["patients"] = guarantees_to_json(patient_guarantees(recorded, delta=delta))
+            held_out["patients"] = guarantees_to_json(patient_guarantees(release, delta=delta))
         return {
             **extra,
             **spent.to_json(),
             "noise_multiplier": self.plan.noise_multiplier,
             "sample_rate": self.plan.sample_rate,
             "steps": self.plan.steps * self.plan.rounds,
-            "event": event_to_json(self._recorded(self.study.hash)),
-            "held_out_patients": evaluation.to_json(),
+            "event": event_to_json(recorded),
+            "held_out_patients": held_out,
             "ledger_head": self.ledger.head,
         }
 

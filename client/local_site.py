@@ -157,11 +157,11 @@ class LocalSite:
             DataError: The site's data cannot be read as the task needs them.
         """
         if study.hash not in self._examples:
-            training, held_out = self.tables(task, study)
-            self._examples[study.hash] = (
-                task.prepare(training, None),
-                task.prepare(held_out, None),
-            )
+            training, held_out = (task.prepare(part, None) for part in self.tables(task, study))
+            if study.privacy.unit == "record":
+                # What is sampled, and clipped as one vector, is what the guarantee is for.
+                training = training.by_record()
+            self._examples[study.hash] = training, held_out
         return self._examples[study.hash]
 
     def tables(self, task: Task, study: Study) -> tuple[Table, Table]:

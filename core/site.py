@@ -71,6 +71,8 @@ class DataSection(Section):
 class PolicySection(Section):
     """`[policy]`: what this hospital permits, whatever a coordinator asks.
 
+    With `allow_record_unit` a study may protect records: then `max_epsilon` bounds what a record
+    has lost, and a patient with many of them has lost more.
     `roster` is the consortium's file of sites and public identities; secure aggregation needs it.
     A release is taken only if its AUROC on this site's held-out patients is at least `min_auroc`,
     and at most `max_loss_of_auroc` below that of the release that the store serves. Either one
@@ -83,6 +85,7 @@ class PolicySection(Section):
     min_sites: int = Field(default=3, ge=1)
     require_secure_aggregation: bool = True
     allow_no_privacy: bool = False
+    allow_record_unit: bool = False
     roster: str | None = None
     min_auroc: float | None = Field(default=None, ge=0, le=1)
     max_loss_of_auroc: float | None = Field(default=None, ge=0, le=1)

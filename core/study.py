@@ -103,6 +103,11 @@ class PrivacySection(Section):
                 raise ValueError(f'mode = "{self.mode}" needs epsilon, such as epsilon = 4.0')
             if self.acknowledge is not None:
                 raise ValueError('acknowledge belongs to mode = "none"; remove it')
+        if self.unit == "record" and self.max_records > 1:
+            raise ValueError(
+                f"max_records = {self.max_records} bounds a patient's rows where the unit is the "
+                'patient; with unit = "record" each row counts by itself: remove it'
+            )
         return self
 
 

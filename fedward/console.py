@@ -168,6 +168,12 @@ def privacy_line(privacy: Mapping[str, Any]) -> str:
         f"epsilon {max(spent, default=float('nan')):.2f} (delta {privacy['delta']:g}, per "
         f"{privacy['unit']}, {privacy['neighboring_relation']}, {privacy['accountant'].upper()})"
     )
+    if privacy["unit"] == "record":
+        from fedward.privacy.units import guarantees_line
+
+        line += f"\n{guarantees_line(privacy['patients'])}"
+    notes = {site["note"] for site in privacy["sites"].values() if site.get("note")}
+    line += "".join(f"\n[yellow]{note}[/yellow]" for note in sorted(notes))
     if not privacy["private"]:
         line += f"\n[yellow]not private: {privacy['reason']}[/yellow]"
     return line

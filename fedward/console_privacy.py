@@ -27,7 +27,9 @@ def print_ledger(value: Mapping[str, Any]) -> None:
         study["study"]: _COLOURS[i % len(_COLOURS)] for i, study in enumerate(value["studies"])
     }
     table = Table(box=box.SIMPLE_HEAD, title=f"Ledger of {value['site']}", title_style="bold")
-    for name in ("study", "patients", "rounds", "from", "to", "epsilon", "state"):
+    mixed = len({study["unit"] for study in value["studies"]}) > 1
+    per = ["per"] if mixed else []  # else it stands below, with the total
+    for name in ("study", "patients", "rounds", "from", "to", "epsilon", *per, "state"):
         right = name in {"rounds", "epsilon"}
         table.add_column(name, justify="right" if right else "left", no_wrap=True)
     for study in value["studies"]:
@@ -38,18 +40,21 @@ def print_ledger(value: Mapping[str, Any]) -> None:
             study["first"][:10],
             study["last"][:10],
             number(study["epsilon"], 3),
+            *([study["unit"]] if mixed else []),
             study["state"],
         )
     _OUT.print(table)
     for line in picture(value["history"], limit=limit, colours=colours):
         _OUT.print(line)
     if spent["epsilon"] is None:
-        _OUT.print(f"[red]a patient's total: no finite epsilon; the limit is {limit:g}[/red]")
+        _OUT.print(
+            f"[red]a {spent['unit']}'s total: no finite epsilon; the limit is {limit:g}[/red]"
+        )
     else:
         share = min(1.0, spent["epsilon"] / limit)
         full = round(30 * share)
         _OUT.print(
-            f"a patient's total: epsilon {spent['epsilon']:.3f} of {limit:g}  "
+            f"a {spent['unit']}'s total: epsilon {spent['epsilon']:.3f} of {limit:g}  "
             f"[green]{'█' * full}[/green][dim]{'░' * (30 - full)}[/dim] {share:.0%}"
         )
     _OUT.print(
@@ -58,10 +63,41 @@ def print_ledger(value: Mapping[str, Any]) -> None:
         "jointly",
         soft_wrap=True,
     )
+    if spent.get("note"):
+        _OUT.print(f"[yellow]{spent['note']}[/yellow]", soft_wrap=True)
+    if spent.get("patients"):
+        _print_patients(value)
     if value["simulated"]:
         _OUT.print(
             "[yellow]a simulated site: noise came from a seed, nothing here is private[/yellow]"
         )
+
+
+def _print_patients(value: Mapping[str, Any]) -> None:
+    """What figures per record mean for patients with several records."""
+    whole = value["spent"]["patients"]
+    table = Table(box=box.SIMPLE_HEAD, title="For a patient with several records")
+    table.add_column("study", no_wrap=True)
+    for name in ("1 record", *(f"{row['records']} records" for row in whole)):
+        table.add_column(name, justify="right", no_wrap=True)
+    rows = [
+        (f"{study['study'][:10]} {study['population']}", study)
+        for study in value["studies"]
+        if "patients" in study
+    ]
+    for name, study in [*rows, ("all, jointly", value["spent"])]:
+        figures = [study["epsilon"], *(row["epsilon"] for row in study["patients"])]
+        table.add_row(name, *(number(figure, 2) for figure in figures))
+    _OUT.print(table)
+    by = sorted({row["accountant"].upper() for row in whole})
+    _OUT.print(
+        f"epsilon at delta {whole[0]['delta']:g}, per patient, "
+        f"{whole[0]['neighboring_relation']}, {' or '.join(by)}; the column of 1 record is what "
+        "the budget above counts",
+        soft_wrap=True,
+    )
+    for note in dict.fromkeys(row["note"] for row in whole if row.get("note")):
+        _OUT.print(f"[yellow]{note}[/yellow]", soft_wrap=True)
 
 
 def picture(

@@ -26,7 +26,7 @@ from fedward.server.statement import privacy_statement
 from fedward.strategies.strategy import Vector
 from fedward.tasks.subgroups import groupings, of_everybody, of_group, with_groups
 from fedward.tasks.task import Sums, Task, add_sums
-from fedward.transport.monitor import monitor_mechanism
+from fedward.transport.monitor import metrics_sensitivity, monitor_mechanism
 from fedward.transport.payload import Payload
 from fedward.transport.sums import distributed_mechanism, fewest_sites
 
@@ -266,7 +266,7 @@ def _across_sites(study: Study, task: Task, tally: Tally) -> dict[str, Any]:
     std = 0.0
     if private:
         one = calibrate_gaussian(epsilon=study.privacy.epsilon or 0.0, delta=study.privacy.delta)
-        std = one * math.sqrt((1 + len(study.evaluation.subgroups)) * tally.sites)
+        std = one * metrics_sensitivity(study) * math.sqrt(tally.sites)
     found: dict[str, Any] = {"calibration": task.calibration(coarse), "noise_std": std}
     groups = groupings(task.schema, study.evaluation.subgroups)
     if groups:

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from fedward.privacy.units import guarantees_line, worst_guarantees
+
 _MECHANISMS = {
     "none": "none",
     "local": "DP-SGD at each site: Poisson sampling, clipped gradients, Gaussian noise",
@@ -30,7 +32,8 @@ def privacy_statement(privacy: Mapping[str, Any]) -> dict[str, Any]:
 
     Returns:
         The same with `mechanism`, `epsilon` (the largest over sites), `private`, `reason` (why
-        not, or None), `statement` and `not_covered`.
+        not, or None), `statement` and `not_covered`; where the unit is the record also `patients`:
+        the same for patients with several records, the largest over sites.
 
     Raises:
         ValueError: A key is missing. There is no default: silence would read as a promise.
@@ -63,6 +66,10 @@ def privacy_statement(privacy: Mapping[str, Any]) -> dict[str, Any]:
         "reason": reason,
         "not_covered": _NOT_COVERED[mode == "none"],
     }
+    if privacy.get("unit") == "record" and mode != "none":
+        statement["patients"] = worst_guarantees(
+            site.get("patients") or [] for site in sites.values()
+        )
     statement["statement"] = _one_line(statement)
     return statement
 
@@ -75,6 +82,10 @@ def _one_line(privacy: Mapping[str, Any]) -> str:
             f"{privacy['unit']} ({privacy['neighboring_relation']}, {privacy['accountant']}, "
             f"{privacy['mode']} mode)"
         )
+        if privacy["unit"] == "record":
+            spent += "; " + guarantees_line(privacy["patients"])
+        notes = {site["note"] for site in privacy["sites"].values() if site.get("note")}
+        spent += "".join(f"; {note}" for note in sorted(notes))
     if privacy["private"]:
         return f"Differentially private: {spent}."
     accounted = f" Accounted as if it were real: {spent}." if spent else ""

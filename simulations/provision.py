@@ -206,6 +206,7 @@ def _site_values(
             "min_sites": 1,
             "require_secure_aggregation": False,
             "allow_no_privacy": True,
+            "allow_record_unit": study.privacy.unit == "record",
             "roster": f"../{_ROSTER}",
         },
         "serving": {

@@ -122,7 +122,9 @@ def _cards(metrics: Mapping[str, Any]) -> str:
     ]
     spent = [site["epsilon"] for site in privacy["sites"].values() if "epsilon" in site]
     if spent:
-        cards.append((_f(max(spent), 2), f"epsilon, delta {privacy['delta']:g}, per patient"))
+        cards.append(
+            (_f(max(spent), 2), f"epsilon, delta {privacy['delta']:g}, per {privacy['unit']}")
+        )
     else:
         cards.append(("none", "privacy"))
     cells = "".join(
@@ -227,7 +229,43 @@ def _statement(privacy: Mapping[str, Any]) -> str:
         f"{_e(privacy['neighboring_relation'])}, clip norm {privacy['clip_norm']:g}. Both figures "
         f"are upper bounds; the one by PLD is claimed. {included}Holds against "
         f"{_e(privacy['adversary'])}. Held-out patients are covered at the same epsilon by "
-        "noise on the metrics that the hospitals report.</p>" + _adversaries(privacy)
+        "noise on the metrics that the hospitals report.</p>"
+        + _notes(privacy)
+        + _patients(privacy)
+        + _adversaries(privacy)
+    )
+
+
+def _notes(privacy: Mapping[str, Any]) -> str:
+    """What a reader of the two figures has to know, such as that PLD is the larger."""
+    return "".join(
+        f'<p class="note">{_e(site)}: {_e(statement["note"])}.</p>'
+        for site, statement in privacy["sites"].items()
+        if statement.get("note")
+    )
+
+
+def _patients(privacy: Mapping[str, Any]) -> str:
+    """What figures per record mean for patients with several records."""
+    if privacy["unit"] != "record" or not privacy["patients"]:
+        return ""
+    head = "".join(f"<th>{row['records']} records</th>" for row in privacy["patients"])
+    rows = ""
+    for site, statement in privacy["sites"].items():
+        figures = [statement, *statement.get("patients", ())]
+        cells = "".join(
+            f"<td>{'no bound' if row['epsilon'] is None else _f(row['epsilon'], 2)}"
+            f"{'' if row['accountant'] == 'pld' else ' (RDP)'}</td>"
+            for row in figures
+        )
+        rows += f"<tr><td>{_e(site)}</td>{cells}</tr>"
+    first = privacy["patients"][0]
+    return (
+        '<h3>For a patient with several records</h3><div class="panel"><table><tr>'
+        f"<th>hospital</th><th>1 record</th>{head}</tr>{rows}</table></div>"
+        f'<p class="small">epsilon by {_e(first["accountant"].upper())}, delta '
+        f"{first['delta']:g}, per patient, {_e(first['neighboring_relation'])}: what the guarantee "
+        "per record means for a patient of whom the hospital has so many.</p>"
     )
 
 

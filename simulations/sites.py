@@ -236,7 +236,10 @@ class Shared:
         """A site's training and held-out examples, from the pooled data prepared once."""
         _, prepared, side, rows = self._pooled(task, study, site)
         here = side[rows]
-        return prepared.take(rows[~here]), prepared.take(rows[here])
+        training = prepared.take(rows[~here])
+        if study.privacy.unit == "record":
+            training = training.by_record()
+        return training, prepared.take(rows[here])
 
     def tables(self, task: Task, study: Study, site: LocalSite) -> tuple[Table, Table]:
         """A site's training and held-out patients, from the pooled data."""

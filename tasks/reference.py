@@ -6,7 +6,7 @@ their number in L2 norm.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,9 +81,9 @@ def count(
     return np.concatenate([one.count(values[one.name]) for one in histograms])
 
 
-def first_rows(patient_ids: Sequence[str], *, most: int) -> list[int]:
+def first_rows(patient_ids: Sequence[Hashable], *, most: int) -> list[int]:
     """The first `most` rows of each patient: more of them would weigh more than was charged."""
-    seen: Counter[str] = Counter()
+    seen: Counter[Hashable] = Counter()
     rows = []
     for row, patient in enumerate(patient_ids):
         seen[patient] += 1

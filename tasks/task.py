@@ -71,6 +71,10 @@ class Examples:
         """Number of patients."""
         return int(self.units.max()) + 1 if len(self.units) else 0
 
+    def by_record(self) -> "Examples":
+        """These examples, each a unit of its own, whoever's it is."""
+        return Examples(self.features, self.labels, np.arange(len(self.labels), dtype=np.int64))
+
     def take(self, rows: Sequence[int] | NDArray[np.intp]) -> "Examples":
         """These examples, in this order; units are numbered anew from 0."""
         index = np.asarray(rows, dtype=np.intp)

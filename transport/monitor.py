@@ -30,7 +30,7 @@ def monitor_layout(study: Study) -> Layout:
 
 
 def monitor_records(study: Study) -> int:
-    """The most rows of one unit that are counted."""
+    """The most rows of one unit that are counted, in histograms and in metrics."""
     return 1 if study.privacy.unit == "record" else study.privacy.max_records
 
 
@@ -40,6 +40,14 @@ def monitor_sensitivity(study: Study) -> float:
     Each of its rows moves one cell of each histogram by one.
     """
     return monitor_records(study) * math.sqrt(len(monitor_layout(study)))
+
+
+def metrics_sensitivity(study: Study) -> float:
+    """How far one held-out unit moves the counts of metrics together, in L2 norm.
+
+    Each of its rows adds one to a cell of everybody's and to at most one of each field's subgroups.
+    """
+    return monitor_records(study) * math.sqrt(1 + len(study.evaluation.subgroups))
 
 
 def monitor_round(study: Study) -> int:

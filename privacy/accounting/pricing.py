@@ -26,6 +26,9 @@ Content = tuple[tuple[Leaf, int], ...]
 GRID = 1e-3
 """Distance between the privacy losses that a PLD is rounded up to."""
 
+PLD_ABOVE_RDP = "PLD is above RDP: the grid is too coarse, or a bug"
+"""The note of a guarantee that it is so of."""
+
 _LARGEST_EPSILON = 500.0
 _SMALLEST_NOISE = 0.1
 # Convolutions by FFT are right to some 1e-15 of mass each; after 10,000 steps they were seen to
@@ -105,7 +108,7 @@ def price(counted: Mapping[Leaf, int], *, delta: float, unit: Unit) -> PrivacySp
         return PrivacySpent(
             epsilon=rdp, epsilon_rdp=rdp, delta=delta, unit=unit, accountant="rdp", note=note
         )
-    note = "" if pld <= rdp + _ROUNDING else "PLD is above RDP: the grid is too coarse, or a bug"
+    note = "" if pld <= rdp + _ROUNDING else PLD_ABOVE_RDP
     return PrivacySpent(epsilon=pld, epsilon_rdp=rdp, delta=delta, unit=unit, note=note)
 
 
