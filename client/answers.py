@@ -123,7 +123,9 @@ def train_round(site: LocalSite, request: Payload) -> Payload:
         return finish_round(site, begun, begun.again)
     if begun.admitted.study.privacy.mode == "distributed":
         return _finish_shared(site, begun, _own_sum(site, begun))
-    update = site.train(begun.admitted, begun.parameters, round_number=begun.number)
+    update = site.train(
+        begun.admitted, begun.parameters, round_number=begun.number, paid=begun.reservation
+    )
     return finish_round(site, begun, update)
 
 
@@ -142,6 +144,7 @@ def begin_round(site: LocalSite, request: Payload) -> Round:
     """Check what is asked, and reserve its price.
 
     Reserve, train, keep, settle, in this order: a crash overstates the loss, never understates.
+    A training that stopped goes on where it was, on the reservation that it has.
     A coordinator that lost the answer gets the same bytes again. One that asks a round anew for
     another model is refused: it would learn twice for the price of once.
 
@@ -179,6 +182,12 @@ def _pay(
         unsettled = budget.begun(number)
         if unsettled is not None:
             return begin(reservation=unsettled, again=kept.update)
+    stopped = budget.begun(number) if settled is None else None
+    if stopped is not None:
+        progress = site.progress(study, stopped, parameters)
+        if progress is not None and progress.newest() is not None:
+            # The same training goes on; had it been lost, another would have to be paid for.
+            return begin(asked=asked, reservation=stopped)
     if settled is not None:
         if site.simulated:
             # The seed gives the same bytes again, so that nothing need be kept of them.
@@ -200,6 +209,9 @@ def finish_round(site: LocalSite, begun: Round, update: Vector) -> Payload:
             outbox = site.outbox(begun.admitted.study)
             outbox.keep(Kept(begun.number, begun.asked, update))
         site.ledger.settle(begun.reservation, update_digest=digest(update.tobytes()))
+        progress = site.progress(begun.admitted.study, begun.reservation, begun.parameters)
+        if progress is not None:
+            progress.forget()
     # What was paid for is kept as it is; less of it may leave.
     update = clip_by_norm(update, clip_norm=begun.admitted.study.aggregation.clip_norm)
     if begun.masked is not None:

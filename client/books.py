@@ -3,6 +3,7 @@
 Looking at a ledger imports neither torch nor Flower: a second, not fifteen.
 """
 
+import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -128,25 +129,46 @@ def _by_study(ledger: Ledger, entries: Sequence[Entry], delta: float) -> list[di
 def verify_ledger(file: Path, *, head: str | None = None) -> dict[str, Any]:
     """Check the whole ledger: chain, signatures, rules, and every epsilon anew.
 
+    A ledger that does not contain a head that was seen before was rolled back to an older copy,
+    or replaced. The heads in the releases of the site's own store have been seen.
+
     Args:
         file: The site file.
-        head: One that was seen before, such as the coordinator's or the last release's. A
-            ledger that does not contain it was rolled back to an older copy, or replaced.
+        head: Another one, such as the coordinator's.
 
     Raises:
         LedgerCorrupt: Something was changed; says where.
         ValueError: `head` does not look like `12:9f...`.
     """
-    _, ledger = _open(file)
+    site, ledger = _open(file)
     with ledger:
         ledger.verify(against_head=head)
+        released = _released_heads(file.parent / site.serving.store, site.name)
+        for seen, folder in released.items():
+            try:
+                ledger.verify(against_head=seen)
+            except (LedgerCorrupt, ValueError) as error:
+                raise LedgerCorrupt(f"the release in {folder} has seen another: {error}") from error
         return {
             "site": ledger.site,
             "verified": True,
             "entries": len(ledger.entries()),
             "head": ledger.head,
             "against_head": head,
+            "against_releases": len(released),
         }
+
+
+def _released_heads(store: Path, site: str) -> dict[str, Path]:
+    """The site's head in each release that its store holds, and where it stands."""
+    found: dict[str, Path] = {}
+    for path in sorted(store.rglob("privacy.json")):
+        try:
+            head = json.loads(path.read_bytes())["sites"][site]["ledger_head"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # of other sites, or damaged, which the store itself refuses
+        found[str(head)] = path.parent
+    return found
 
 
 def export_ledger(file: Path) -> dict[str, Any]:

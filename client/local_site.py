@@ -17,6 +17,7 @@ from torch import nn
 from fedward.client.budget import Budget
 from fedward.client.outbox import Keeper, Outbox
 from fedward.client.plan import SitePlan, training_plan
+from fedward.client.progress import Progress
 from fedward.client.sources import read_source, split
 from fedward.client.training import train
 from fedward.core.canonical import digest
@@ -27,7 +28,7 @@ from fedward.core.roster import load_roster
 from fedward.core.site import Site, load_site
 from fedward.core.study import Study
 from fedward.core.toml import build
-from fedward.privacy.ledger import Ledger
+from fedward.privacy.ledger import Ledger, Reservation
 from fedward.privacy.ledger.simulated import take_out
 from fedward.privacy.mechanisms import NoiseSource, secure_source, simulated_source
 from fedward.privacy.secagg import SiteSession
@@ -194,14 +195,40 @@ class LocalSite:
         from_vector(model, self.check_parameters(study, parameters))
         return task, model
 
-    def train(self, admitted: Admitted, parameters: Vector, *, round_number: int) -> Vector:
-        """Train a round from parameters that were checked; the update, as it may be kept."""
+    def progress(self, study: Study, paid: Reservation, parameters: Vector) -> Progress | None:
+        """How far a reservation's training is; None where a seed gives the same one again."""
+        if self.simulated:
+            return None
+        file = self.state / "training" / f"{study.hash}.safetensors"
+        return Progress(file, paid.seq, self.fingerprint(parameters))
+
+    def train(
+        self,
+        admitted: Admitted,
+        parameters: Vector,
+        *,
+        round_number: int,
+        paid: Reservation | None = None,
+    ) -> Vector:
+        """Train a round from parameters that were checked; the update, as it may be kept.
+
+        Where it was `paid` for and stopped before, it goes on from there.
+        """
         study = admitted.study
         task, model = self.model(study, parameters)
         training, _ = self.examples(task, study)
         plan = training_plan(study, admitted.plan)
         noise = self.source(study, "train", round_number)
-        return train(model, task.loss, training, plan=plan, noise=noise).update
+        progress = None if paid is None else self.progress(study, paid, parameters)
+        return train(
+            model,
+            task.loss,
+            training,
+            plan=plan,
+            noise=noise,
+            resume=None if progress is None else progress.newest(),
+            checkpoint=None if progress is None else progress.keep,
+        ).update
 
     def size(self, study: Study) -> int:
         """Number of parameters of the study's model."""

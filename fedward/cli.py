@@ -245,6 +245,8 @@ def ledger_verify(
         _emit(value)
     else:
         seen = "" if head is None else ", the given one is in it"
+        if value["against_releases"]:
+            seen += f"; so is that of {value['against_releases']} release(s) in the store"
         sys.stdout.write(f"{value['entries']} entries verify; head {value['head']}{seen}\n")
 
 

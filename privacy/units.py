@@ -81,10 +81,11 @@ def worst_guarantees(tables: Iterable[Iterable[Mapping[str, Any]]]) -> list[dict
         {row["records"]: row for row in table} for table in tables
     ]
     common = set.intersection(*map(set, by_records)) if by_records else set()
-    return [
-        dict(max((table[records] for table in by_records), key=_as_number))
-        for records in sorted(common)
-    ]
+    found = []
+    for records in sorted(common):
+        worst: Mapping[str, Any] = max((table[records] for table in by_records), key=_as_number)
+        found.append(dict(worst))
+    return found
 
 
 def _as_number(row: Mapping[str, Any]) -> float:

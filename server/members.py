@@ -68,7 +68,14 @@ def admit(
             first = first or reason
             continue
         members[member.site] = member
-        run.event("admitted", site=member.site, weight=member.weight, simulated=member.simulated)
+        run.event(
+            "admitted",
+            site=member.site,
+            weight=member.weight,
+            simulated=member.simulated,
+            # Kept, so that a ledger that is older one day shows: `fedward ledger verify --head`.
+            ledger_head=member.terms.get("ledger_head"),
+        )
     if len(members) < study.aggregation.min_sites:
         raise AggregationAborted(
             round_number=0,

@@ -22,7 +22,7 @@ from fedward.core.identity import Identity
 from fedward.core.run import RunDirectory
 from fedward.core.site import Site
 from fedward.core.study import Study
-from fedward.privacy.ledger import Ledger
+from fedward.privacy.ledger import Ledger, Reservation
 from fedward.privacy.ledger.simulated import SimulatedLedgers
 from fedward.simulations.partitions import read_rows
 from fedward.simulations.provision import LEDGERS
@@ -102,7 +102,14 @@ class MemorySite(SimulatedSite):
         from_vector(model, checked)
         return task, model
 
-    def train(self, admitted: Admitted, parameters: Vector, *, round_number: int) -> Vector:
+    def train(
+        self,
+        admitted: Admitted,
+        parameters: Vector,
+        *,
+        round_number: int,
+        paid: Reservation | None = None,  # noqa: ARG002 (the seed gives a lost round again)
+    ) -> Vector:
         """As a site's; one model, laid out once, serves all sites, each in its turn."""
         study = admitted.study
         trainer = self._shared.trainer(study)

@@ -158,6 +158,24 @@ def test_an_older_copy_is_found_out_by_a_newer_head(site: Path) -> None:
     assert f"entry {head.partition(':')[0]}" in done.stderr
 
 
+def test_an_older_copy_is_found_out_by_the_last_release(site: Path) -> None:
+    release = site / "store" / "inbox" / "heart-000001"
+    release.mkdir(parents=True)
+    statement = {"sites": {"st-elsewhere": {"ledger_head": head_of(site)}, "other": {}}}
+    (release / "privacy.json").write_text(json.dumps(statement))
+    (site / "store" / "privacy.json").write_text("{")  # damaged: says nothing
+
+    before = fedward("ledger", "verify", "site.toml", cwd=site)
+    shutil.copy(site / "older", site / "state" / "ledger.sqlite")
+    after = fedward("ledger", "verify", "site.toml", cwd=site)
+
+    assert before.returncode == 0, before.stderr
+    assert "release(s) in the store" in before.stdout
+    assert after.returncode == 1
+    assert "older copy" in after.stderr
+    assert "heart-000001" in after.stderr
+
+
 def test_a_head_that_is_none_is_bad_usage(kept: Path) -> None:
     assert fedward("ledger", "verify", "site.toml", "--head", "latest", cwd=kept).returncode == 2
 
