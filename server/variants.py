@@ -37,12 +37,15 @@ def make_variants(model: bytes, *, num_parameters: int) -> dict[str, bytes]:
     """
     if num_parameters < _LEAST_WEIGHTS:
         return {}
+    from onnx import TensorProto
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     with tempfile.TemporaryDirectory(prefix="fedward-variant-") as folder:
         source, target = Path(folder) / "model.onnx", Path(folder) / "int8.onnx"
         source.write_bytes(model)
-        quantize_dynamic(source, target, weight_type=QuantType.QInt8)
+        # It infers no types behind a node of the domain ai.onnx.ml, where all are float32.
+        plain = {"DefaultTensorType": TensorProto.FLOAT}
+        quantize_dynamic(source, target, weight_type=QuantType.QInt8, extra_options=plain)
         found = {"variants/int8.onnx": target.read_bytes()}
     half = half_precision(model)
     return found if half is None else {**found, "variants/fp16.onnx": half}
