@@ -32,7 +32,7 @@ _ENCODE = json.JSONEncoder(separators=(",", ":"), allow_nan=False, check_circula
 _Fact = str | float | None
 _Facts = tuple[tuple[str, _Fact], ...]
 # When, what by name, and a patient's id and values where they are kept.
-_Entry = tuple[float, _Facts, tuple[str, Values] | None]
+_Entry = tuple[float, _Facts | str, tuple[str, Values] | None]
 _TAIL_LENGTH = len(b',"hash":"' + _GENESIS.encode() + b'"}\n')
 _GROUP_SECONDS = 0.05
 
@@ -103,6 +103,12 @@ class AuditLog:
         if not self._wake.is_set():
             self._wake.set()
 
+    def append_again(self, start: str) -> None:
+        """Record what was recorded before, as `start_of` has put it."""
+        self._waiting.append((time.time(), start, None))
+        if not self._wake.is_set():
+            self._wake.set()
+
     def flush(self) -> None:
         """Return once all that was appended before is on disk."""
         done = threading.Event()
@@ -152,7 +158,7 @@ class AuditLog:
     def _sealed(self, entry: _Entry) -> _Entry:
         """With the patient's values sealed: off the event loop, as a new key goes to disk."""
         when, facts, patient = entry
-        if patient is None or self._vault is None:
+        if patient is None or self._vault is None or isinstance(facts, str):
             return entry
         try:
             sealed = self._vault.seal(*patient, line=bound(dict(facts)))
@@ -198,9 +204,15 @@ def read_log(file: Path) -> Iterator[dict[str, Any]]:
 def _line(entry: _Entry, *, number: int, before: str) -> tuple[bytes, str]:
     """A line and its hash, which is of the line without it."""
     when, facts, _ = entry
-    body = f'{_facts(facts)},"time":{when!r},"number":{number},"before":"{before}"}}'.encode()
+    start = facts if isinstance(facts, str) else _facts(facts)
+    body = f'{start},"time":{when!r},"number":{number},"before":"{before}"}}'.encode()
     own = digest(body)
     return body[:-1] + _tail(own), own
+
+
+def start_of(action: str, **facts: _Fact) -> str:
+    """How the line of an action begins, for `AuditLog.append_again`."""
+    return _facts((("action", action), *facts.items()))
 
 
 @lru_cache(maxsize=256)

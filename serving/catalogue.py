@@ -1,8 +1,9 @@
 """The models that are served now: replaced in one step, read without a lock."""
 
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +19,17 @@ from fedward.serving.trial import Trial
 
 @dataclass(frozen=True, slots=True)
 class Live:
-    """One served version: whoever holds it answers with it, whatever is promoted meanwhile."""
+    """One served version: whoever holds it answers with it, whatever is promoted meanwhile.
+
+    Attributes:
+        engine: Runs it.
+        guard: Checks its inputs.
+        privacy: What its release says of privacy.
+        drift: Watches its inputs and answers.
+        reference: What its explanations are relative to.
+        trial: The trial that it is in, if it is in one.
+        starts: By caller, how a line of the audit log on one row begins.
+    """
 
     engine: Engine
     guard: Guard
@@ -26,6 +37,7 @@ class Live:
     drift: DriftMonitor
     reference: NDArray[np.float32]
     trial: Trial | None = None
+    starts: dict[str, str] = field(default_factory=dict)
 
     @property
     def signature(self) -> ModelSignature:
@@ -38,6 +50,14 @@ class Live:
         if self.trial is None:
             return self.engine.predict(inputs)
         return self.trial.predict(self.engine, inputs)
+
+    def predict_row(self, row: Sequence[float | None]) -> list[float] | None:
+        """The probabilities of one row; None where `predict` has to say what is to be said."""
+        single = self.engine.single
+        if single is None or self.trial is not None or not self.guard.passes(row):
+            return None
+        outputs = single.run_row(row)
+        return outputs if outputs is not None and all(map(math.isfinite, outputs)) else None
 
 
 class Catalogue:

@@ -16,7 +16,7 @@ A category's edges are its codes' midpoints. Population stability index: Siddiqi
 Scorecards (2006), section 9; above 0.2 is taken as a shift worth a look.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -160,6 +160,7 @@ class DriftMonitor:
         self._rows = np.empty((WINDOW, len(self._names) + 1), np.float32)
         self._next = self._seen = 0
         self._waiting: list[tuple[NDArray[np.float32], NDArray[np.float32]]] = []
+        self._single: list[tuple[float | None, ...]] = []
 
     def see(self, inputs: NDArray[np.float32], outputs: NDArray[np.float32]) -> None:
         """Add a batch to the window; keeps both arrays, which must not change."""
@@ -169,8 +170,20 @@ class DriftMonitor:
         if len(self._waiting) >= _GROUP or len(inputs) >= _GROUP:
             self._gather()
 
+    def see_row(self, row: Sequence[float | None], outputs: Sequence[float]) -> None:
+        """Add one row; keeps both, which must not change."""
+        if not self._reference:
+            return
+        self._single.append((*row, outputs[0]))
+        if len(self._single) >= _GROUP:
+            self._gather()
+
     def _gather(self) -> None:
         """Copy what waits into the window: once for many requests, as a copy costs little."""
+        if self._single:
+            rows = np.array(self._single, np.float32)  # None becomes NaN
+            self._single.clear()
+            self._waiting.append((rows[:, :-1], rows[:, -1:]))
         if not self._waiting:
             return
         inputs = np.concatenate([one for one, _ in self._waiting])[-WINDOW:]

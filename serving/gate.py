@@ -139,6 +139,19 @@ class Gate:
         self._slow_down(caller)
         return caller
 
+    def admit_again(self, caller: Caller) -> bool:
+        """Whether a caller who was admitted may be so again for the same headers and roles.
+
+        A key holds as long as the adapter runs; a token may have run out.
+
+        Raises:
+            Problem: 429 when too fast.
+        """
+        if self._tokens is not None:
+            return False
+        self._slow_down(caller)
+        return True
+
     def _identify(self, headers: Headers, path: str) -> Caller:
         presented = b""
         for name, value in headers:

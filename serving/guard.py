@@ -1,6 +1,7 @@
 """What no patient can have is refused, in every protocol alike."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,6 +54,21 @@ class Guard:
         found = self._first_of_few(inputs) if len(inputs) <= _FEW_ROWS else self._first(inputs)
         if found is not None:
             raise self._problem(*found, missing=bool(np.isnan(inputs[found])))
+
+    def passes(self, row: Sequence[float | None]) -> bool:
+        """Whether `check` would pass one row of numbers of any precision; None is missing.
+
+        A no is not the last word: a number just outside may still round to one inside.
+        """
+        if len(row) != len(self._rules):
+            return False
+        for value, (low, high, codes, required) in zip(row, self._rules, strict=True):
+            if value is None:
+                if required:
+                    return False
+            elif not low <= value <= high or (codes is not None and value not in codes):
+                return False
+        return True
 
     def _first_of_few(self, inputs: NDArray[np.float32]) -> tuple[int, int] | None:
         """Row and column of the first wrong value."""

@@ -6,7 +6,6 @@ told not to.
 
 import json
 import math
-from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -91,9 +90,6 @@ def parse_infer(body: bytes, json_length: bytes | None) -> InferRequest:
             raise Problem(400, "Inference-Header-Content-Length does not fit the body")
         body, tail = body[: int(json_length)], body[int(json_length) :]
     request = parse_json(body)
-    short = None if tail else _one_patient(request)
-    if short is not None:
-        return InferRequest(short, None, binary=False)
     inputs = request.get("inputs")
     if not isinstance(inputs, list) or len(inputs) != 1 or not isinstance(inputs[0], dict):
         raise Problem(400, f"`inputs` must be a list of one tensor, {INPUT!r}")
@@ -103,12 +99,16 @@ def parse_infer(body: bytes, json_length: bytes | None) -> InferRequest:
     return InferRequest(_tensor(inputs[0], tail), identity, _wants_binary(request))
 
 
-def _one_patient(request: dict[str, Any]) -> NDArray[np.float32] | None:
-    """The input of the request that nearly every client sends; None for any other.
+def parse_row(body: bytes) -> list[float | None] | None:
+    """The values in the request that nearly every client sends; None for any other request.
 
     One row of numbers and nulls, and nothing else said: for it each call of NumPy, and each look
     for what might have been asked, costs more than the model.
+
+    Raises:
+        Problem: 400, if it is not even JSON.
     """
+    request = parse_json(body)
     inputs = request.get("inputs")
     if len(request) != 1 or type(inputs) is not list or len(inputs) != 1:
         return None
@@ -125,11 +125,13 @@ def _one_patient(request: dict[str, Any]) -> NDArray[np.float32] | None:
         or not set(map(type, data)) <= _PLAIN
     ):
         return None
-    try:
-        row = array("f", [np.nan if value is None else value for value in data])
-    except OverflowError:  # a whole number beyond any float
-        return None
-    return np.frombuffer(row, np.float32).reshape(1, -1)
+    return data
+
+
+def encode_row(signature: ModelSignature, outputs: list[float]) -> bytes:
+    """The answer to `parse_row`'s request; every output must be finite."""
+    start = _start(signature.model, signature.version, (1, len(outputs)))
+    return f"{start}{outputs}}}]}}".encode()
 
 
 def encode_infer(

@@ -9,6 +9,7 @@ unusual about a connection (pipelining behind an answer under way, a client that
 
 import time
 from asyncio import TimerHandle
+from dataclasses import dataclass
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import (
@@ -19,6 +20,7 @@ from uvicorn.protocols.http.httptools_impl import (
 
 from fedward.serving.app import App, answer_error
 from fedward.serving.http import JSON_TYPE, Answer
+from fedward.serving.roles import Caller
 from fedward.serving.routes import PATIENT_HEADER, infer_now, infer_parts
 
 # A body of this size is parsed, and its rows are run, in less than a millisecond.
@@ -28,6 +30,30 @@ _UNUSUAL = {b"connection", b"transfer-encoding", b"upgrade", b"expect", b"conten
 _UNUSUAL |= {PATIENT_HEADER}  # whose values may be kept
 _JSON_START = STATUS_LINE[200] + b"content-type: application/json\r\ncontent-length: "
 _JSON_ONLY = (JSON_TYPE,)
+_END = b"\r\n\r\n"
+_MOST_KNOWN = 16  # heads of a connection, which differ in their length of body
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """A request's head that was parsed and chose the shorter way.
+
+    A client that keeps its connection sends the same head again and again, and parsing it costs as
+    much as the model. The same bytes, where a request begins, are the same head.
+
+    Attributes:
+        length: Of the body, which the head states.
+        parts: As `infer_parts` found them.
+        json_length: As in `infer_now`.
+        headers: As parsed.
+        caller: Whom they admitted.
+    """
+
+    length: int
+    parts: tuple[str | None, ...]
+    json_length: bytes | None
+    headers: list[tuple[bytes, bytes]]
+    caller: Caller
 
 
 class QuickProtocol(HttpToolsProtocol):
@@ -41,14 +67,57 @@ class QuickProtocol(HttpToolsProtocol):
         self._adapter = app
         self._body: list[bytes] | None = None  # of a request on the shorter way
         self._parts: tuple[str | None, ...] = ()
+        self._caller: Caller | None = None
+        self._known: dict[bytes, _Known] = {}  # by head
+        self._within = False  # between a message's first byte and its last
+        self._quick = 0  # requests that were answered on the shorter way
         self._json_length: bytes | None = None
         self._begun = self._stopping = False
         self._timer: TimerHandle | None = None
         self._answered = 0.0
+        self._length = 0
+
+    def data_received(self, data: bytes) -> None:
+        """Answer at once what has the same head as the request before; else parse."""
+        if not self._at_rest():
+            super().data_received(data)
+            return
+        end = data.find(_END) + len(_END)
+        known = self._known.get(data[:end])
+        if known is not None and len(data) == end + known.length:
+            self._unset_keepalive_if_required()
+            self._parts, self._json_length = known.parts, known.json_length
+            self.headers, self._caller = known.headers, known.caller
+            self._answer(data[end:])
+            return
+        self._caller, answered = None, self._quick
+        super().data_received(data)
+        if self._quick == answered + 1 and self._at_rest():
+            self._learn(data, end)
+        else:
+            self._known.clear()
+
+    def _learn(self, data: bytes, end: int) -> None:
+        """Remember a head, if `data` was one request, whole, and nothing else."""
+        if self._caller is None or len(data) != end + self._length:
+            return
+        if len(self._known) >= _MOST_KNOWN:
+            self._known.clear()
+        self._known[data[:end]] = _Known(
+            self._length, self._parts, self._json_length, self.headers, self._caller
+        )
+
+    def _at_rest(self) -> bool:
+        """Whether the next byte begins a request, and it may be answered at once."""
+        before: RequestResponseCycle | None = self.cycle
+        idle = before is None or before.response_complete
+        return idle and not (
+            self._within or self._stopping or self.pipeline or self.flow.write_paused
+        )
 
     def on_message_begin(self) -> None:
         """Without ASGI's scope, which only the other way needs."""
-        self._begun = True
+        self._begun = self._within = True
         self.url, self.headers, self.expect_100_continue = b"", [], False
 
     def on_headers_complete(self) -> None:
@@ -72,14 +141,26 @@ class QuickProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """Answer, on the shorter way."""
+        self._within = False
         if self._body is None:
             super().on_message_complete()
             return
         body, self._body = b"".join(self._body), None
+        self._quick += 1
+        self._caller = None
+        self._length = len(body)
+        self._answer(body)
+
+    def _answer(self, body: bytes) -> None:
         start = time.perf_counter()
         try:
-            answer = infer_now(
-                self._adapter.service, self._parts, self.headers, body, self._json_length
+            answer, self._caller = infer_now(
+                self._adapter.service,
+                self._parts,
+                self.headers,
+                body,
+                self._json_length,
+                before=self._caller,
             )
         except Exception as error:  # noqa: BLE001 (the last line before the network)
             answer = answer_error("infer", error)

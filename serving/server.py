@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import ipaddress
 import json
 import socket
@@ -103,6 +104,9 @@ class _Server(uvicorn.Server):
                 key=how.tls_key,
             )
             also = f", gRPC at {host}:{address['grpc_port']}"
+        # What is there now stays: a collection need not look at it again.
+        gc.collect()
+        gc.freeze()
         print(f"ready at {self._url}{also}", file=sys.stderr, flush=True)
         if how.ready_file is not None:
             write_atomic(how.ready_file, json.dumps(address) + "\n")

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from fedward.core.errors import FedwardError
 from fedward.serving import clinical
 from fedward.serving.approval import waiting
-from fedward.serving.audit import AuditLog
+from fedward.serving.audit import AuditLog, start_of
 from fedward.serving.catalogue import Catalogue, Live
 from fedward.serving.explain import explain, explanation_json
 from fedward.serving.gate import Gate, Headers
@@ -29,6 +29,7 @@ from fedward.serving.vault import Values, Vault
 # A batch this large would hold up other requests for more than about a millisecond.
 _ROWS_IN_THREAD = 256
 _MOST_FOLLOWERS = 16
+_MOST_STARTS = 256
 _TICK, _SILENCE = 0.5, 15.0  # seconds between looks, and until a sign of life
 
 
@@ -157,6 +158,40 @@ class Service:
             row = [None if value != value else value for value in inputs[0].tolist()]  # noqa: PLR0124 (NaN)
             kept = patient, dict(zip((f.name for f in signature.fields), row, strict=True))
         self.record(action, live, caller, rows=len(inputs), patient=kept)
+
+    def predict_row(
+        self, live: Live, row: Sequence[float | None], *, caller: Caller
+    ) -> list[float] | None:
+        """As `predict_now`, of one row of an inference; None where that has to say what is wrong.
+
+        Args:
+            live: The version that answers.
+            row: Numbers, one a field; None is missing.
+            caller: Who asks.
+        """
+        outputs = live.predict_row(row)
+        if outputs is None:
+            return None
+        live.drift.see_row(row, outputs)
+        signature = live.signature
+        self.telemetry.predicted(signature.model, signature.version, 1)
+        if self.audit is not None:
+            start = live.starts.get(caller.name)
+            if start is None:
+                start = self._start(live, caller)
+            self.audit.append_again(start)
+        return outputs
+
+    @staticmethod
+    def _start(live: Live, caller: Caller) -> str:
+        if len(live.starts) >= _MOST_STARTS:
+            live.starts.clear()
+        signature = live.signature
+        start = start_of(
+            "infer", model=signature.model, version=signature.version, caller=caller.name, rows=1
+        )
+        live.starts[caller.name] = start
+        return start
 
     async def answer_patient(
         self, live: Live, values: dict[str, Any], *, caller: Caller, patient: str | None = None

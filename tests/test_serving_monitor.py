@@ -15,7 +15,7 @@ from fairlearn.metrics import (
     selection_rate,
     true_positive_rate,
 )
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from release_samples import MODEL, SIGNATURE, release_files, sigmoid_of, valid_inputs
 from scipy.stats import ks_2samp
@@ -141,6 +141,7 @@ def test_rates_and_calibration_equal_scikit_learns(seed: int) -> None:
         assert rates["selection_rate"] == pytest.approx(positive[mine].mean(), abs=1e-12)
 
 
+@settings(deadline=None)  # it imports fairlearn
 @given(st.integers(0, 10**6))
 def test_subgroup_rates_equal_fairlearns(seed: int) -> None:
     rng = np.random.default_rng(seed)

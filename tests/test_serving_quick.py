@@ -7,18 +7,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from release_samples import publish_sample, sigmoid_of, valid_inputs
+from release_samples import SIGNATURE, publish_sample, sigmoid_of, valid_inputs
 from serving_client import adapter
 
 from fedward.core.identity import Identity
 from fedward.core.release import read_release
 from fedward.serving import oip
+from fedward.serving.audit import read_log, verify_log
 from fedward.serving.catalogue import Catalogue
 from fedward.serving.engine import start_engine
+from fedward.serving.gate import add_key
+from fedward.serving.guard import Guard
 from fedward.serving.problems import Problem
 from fedward.serving.quick import MOST_BYTES
 from fedward.serving.routes import infer_now, infer_parts
@@ -129,6 +133,103 @@ def test_a_request_may_come_byte_by_byte(port: int) -> None:
     assert _ask(port, *pieces) == _ask(port, whole)
 
 
+def _ages(connection: socket.socket, ages: list[int]) -> list[float]:
+    found = []
+    for age in ages:
+        connection.sendall(_request(_body(((age, 1, 240, 0),))))
+        ((status, _, body),) = _read(connection, 1)
+        assert status == 200
+        found.append(json.loads(body)["outputs"][0]["data"][0])
+    return found
+
+
+def test_a_head_that_was_seen_before_answers_for_the_body_that_came_now(port: int) -> None:
+    ages = [20, 30, 99, 100, 101, 40, 102, 50]  # heads of two lengths, in turn
+    wanted = sigmoid_of(np.array([(age, 1, 240, 0) for age in ages], np.float32))[:, 0]
+
+    with socket.create_connection(("127.0.0.1", port), 20) as connection:
+        first = _ages(connection, ages)
+        again = _request(_body(((20, 1, 240, 0),)))
+        connection.sendall(again[:-7])  # the same head, and not all of its body
+        time.sleep(0.05)
+        connection.sendall(again[-7:] + again)  # the rest, and the next
+        late = _read(connection, 2)
+        connection.sendall(_request(b"{}") + _request(_body(((15, 1, 240, 0),))))
+        refused = [status for status, _, _ in _read(connection, 2)]
+        last = _ages(connection, ages)
+
+    np.testing.assert_allclose(first, wanted, atol=1e-6)
+    np.testing.assert_allclose(last, wanted, atol=1e-6)
+    got = [json.loads(body)["outputs"][0]["data"][0] for _, _, body in late]
+    np.testing.assert_allclose(got, wanted[[0, 0]], atol=1e-6)
+    assert refused == [400, 422]
+
+
+@pytest.mark.parametrize("missing", [False, True])
+def test_a_missing_value_is_one_on_a_known_head_too(port: int, missing: bool) -> None:
+    row = (63, 1, np.nan if missing else 240, np.nan)
+
+    with socket.create_connection(("127.0.0.1", port), 20) as connection:
+        answers = []
+        for _ in range(3):
+            connection.sendall(_request(_body((row,))))
+            answers += _read(connection, 1)
+
+    values = [json.loads(body)["outputs"][0]["data"][0] for _, _, body in answers]
+    np.testing.assert_allclose(values, sigmoid_of(np.array([row], np.float32))[0, 0], atol=1e-6)
+
+
+def test_what_looks_like_a_request_inside_a_body_is_a_body(port: int) -> None:
+    known = _request(_body())
+    head = f"POST /nowhere HTTP/1.1\r\nHost: x\r\nContent-Length: {len(known)}\r\n\r\n"
+
+    with socket.create_connection(("127.0.0.1", port), 20) as connection:
+        for _ in range(2):
+            connection.sendall(known)
+            assert _read(connection, 1)[0][0] == 200
+        connection.sendall(head.encode())
+        refused = _read(connection, 1)[0][0]  # before its body came
+        connection.sendall(known)
+        connection.settimeout(0.5)
+        with pytest.raises(TimeoutError):
+            connection.recv(1)
+        connection.settimeout(20)
+        connection.sendall(known)
+        answered = _read(connection, 1)[0][0]
+
+    assert (refused, answered) == (404, 200)
+
+
+def test_each_request_of_a_connection_needs_its_own_key_and_is_in_the_log(tmp_path: Path) -> None:
+    store = Store(tmp_path / "store")
+    store.install(publish_sample(tmp_path / "registry", _IDENTITY), _IDENTITY.public)
+    keys = store.folder / "state" / "keys.json"
+    ward = add_key(keys, name="ward", role="clinician")
+    auditor = add_key(keys, name="auditor", role="auditor")
+    heads = [f"Authorization: Bearer {key}\r\n" for key in (ward, ward, auditor, "x", ward)]
+
+    with (
+        adapter(store.folder, tmp_path / "ready.json", "--rate", "4") as (address, _),
+        socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2])), 20) as connection,
+    ):
+        statuses = []
+        for head in [*heads, "", *(heads[:1] * 12)]:
+            connection.sendall(_request(_body(), head))
+            statuses.append(_read(connection, 1)[0][0])
+        metrics = httpx.get(f"{address}/metrics", headers={"x-api-key": auditor}).text
+    entries = list(read_log(store.folder / "state" / "audit.jsonl"))
+
+    verify_log(store.folder / "state" / "audit.jsonl")
+    asked = [entry for entry in entries if entry["action"] == "infer"]
+    assert statuses[:6] == [200, 200, 403, 401, 200, 401]
+    assert statuses[-1] == 429
+    assert len(asked) == statuses.count(200)
+    assert {(e["caller"], e["model"], e["version"], e["rows"]) for e in asked} == {
+        ("ward", "tiny", 1, 1)
+    }
+    assert f'predicted_rows_total{{model="tiny",version="1"}} {len(asked)}' in metrics
+
+
 @pytest.mark.parametrize(
     "head",
     ["Transfer-Encoding: chunked\r\n", "Content-Encoding: br\r\n", "Upgrade: h2c\r\n"],
@@ -221,14 +322,28 @@ _VALUE = st.none() | st.floats() | st.integers(-(2**70), 2**70) | st.booleans() 
 def test_one_patient_is_read_as_any_tensor_is(data: list[Any], shape: list[Any]) -> None:
     tensor = {"name": "input", "datatype": "FP32", "shape": shape, "data": data}
 
-    def read(**more: Any) -> tuple[Any, ...]:
-        try:
-            asked = oip.parse_infer(json.dumps({"inputs": [tensor], **more}).encode(), None)
-        except Problem as problem:
-            return problem.status, problem.error
-        return asked.inputs.shape, asked.inputs.tobytes(), asked.id, asked.binary
+    body = json.dumps({"inputs": [tensor]}).encode()
+    try:
+        asked = oip.parse_infer(body, None).inputs
+    except Problem:
+        asked = None
 
-    assert read() == read(parameters={})  # said, and nothing said: the longer way
+    row = oip.parse_row(body)
+
+    if row is not None and not any(v is not None and abs(v) > 1e30 for v in row):
+        assert asked is not None
+        np.testing.assert_array_equal(np.array([row], np.float64).astype(np.float32), asked)
+
+
+_NEAR = st.sampled_from([18.0, 17.9999999, 120.0, 120.000001, 0.0, 1.0, 2.0, 0.5, -0.0, 1e39])
+
+
+@given(row=st.lists(st.none() | st.floats() | _NEAR, min_size=3, max_size=5))
+def test_a_row_that_passes_at_once_passes_the_guard(row: list[float | None]) -> None:
+    guard = Guard(SIGNATURE)
+
+    if guard.passes(row):
+        guard.check(np.array([row], np.float64).astype(np.float32))
 
 
 def test_one_row_in_bound_memory_is_what_the_session_gives(tmp_path: Path) -> None:
@@ -262,9 +377,9 @@ def test_a_canary_gets_its_share_of_quick_requests_too(tmp_path: Path) -> None:
     candidate = Candidate(version=2, digest="", stage="canary", limits=limits)
     catalogue.begin_trial(Trial(candidate, old=engines[0], new=engines[1]))
 
-    answer = infer_now(Service(catalogue), ("tiny", None), [], _body(), None)
+    answer, _ = infer_now(Service(catalogue), ("tiny", None), [], _body(), None)
     catalogue.end_trial("tiny")
-    alone = infer_now(Service(catalogue), ("tiny", None), [], _body(), None)
+    alone, _ = infer_now(Service(catalogue), ("tiny", None), [], _body(), None)
 
     assert json.loads(answer.body)["model_version"] == "2"
     assert json.loads(alone.body)["model_version"] == "1"

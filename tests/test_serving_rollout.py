@@ -565,7 +565,7 @@ def test_the_short_way_of_an_inference_knows_the_canary(scene: Scene) -> None:
 
     def version(key: str) -> str:
         headers = [(b"x-request-key", key.encode())]
-        answer = infer_now(scene.service, (MODEL, None), headers, body, None)
+        answer, _ = infer_now(scene.service, (MODEL, None), headers, body, None)
         return str(json.loads(answer.body)["model_version"])
 
     for key in "abcdefgh":
