@@ -46,7 +46,7 @@ def noise(repeats: int) -> dict[str, float]:
     actions: dict[str, Callable[[], object]] = {
         "torch.randn": lambda: torch.randn(DRAWS),
         "secure gaussian": lambda: source.gaussian(DRAWS, std=1.0),
-        "add_noise": lambda: add_noise(vector, std=1.0, source=source),
+        "add_noise": lambda: add_noise(vector, std=1.0, sensitivity=1.0, source=source),
         "secure uniform": lambda: source.uniform(DRAWS),
     }
     taken: dict[str, list[float]] = {name: [] for name in actions}

@@ -361,7 +361,10 @@ def _release_privately(site: LocalSite, admitted: Admitted, exact: Sums, asked: 
         ) from error
     flat = np.concatenate([np.asarray(exact[name], np.float64).ravel() for name in shapes])
     source = site.source(admitted.study, "evaluation", asked)
-    noisy = add_noise(flat, std=budget.evaluation_std, source=source)
+    sensitivity = budget.evaluation_sensitivity
+    noisy = add_noise(
+        flat, std=budget.evaluation_noise * sensitivity, sensitivity=sensitivity, source=source
+    )
     kept.keep(Kept(1, asked, noisy))
     site.ledger.settle(reservation, update_digest=digest(noisy.tobytes()))
     budget.close()

@@ -45,9 +45,9 @@ class Budget:
         return calibrate_gaussian(epsilon=epsilon, delta=self.study.privacy.delta)
 
     @property
-    def evaluation_std(self) -> float:
-        """Standard deviation on each count of metrics."""
-        return self.evaluation_noise * metrics_sensitivity(self.study)
+    def evaluation_sensitivity(self) -> float:
+        """Of the counts of metrics together."""
+        return metrics_sensitivity(self.study)
 
     def allot(self) -> None:
         """Ask the ledger for the whole run.

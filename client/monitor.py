@@ -52,8 +52,13 @@ def release_histograms(site: LocalSite, request: Payload) -> Payload:
     reservation = _reserve(site, admitted)
     released: NDArray[np.floating] = counts
     if study.privacy.mode == "local":
-        std = admitted.plan.monitor_noise * monitor_sensitivity(study)
-        released = add_noise(counts, std=std, source=site.source(study, "monitor", asked))
+        sensitivity = monitor_sensitivity(study)
+        released = add_noise(
+            counts,
+            std=admitted.plan.monitor_noise * sensitivity,
+            sensitivity=sensitivity,
+            source=site.source(study, "monitor", asked),
+        )
         site.monitor_outbox(study).keep(Kept(number, asked, np.asarray(released, np.float32)))
     answer = _send(site, study, masked, released)
     (sent,) = answer.arrays.values()

@@ -250,9 +250,11 @@ class Cohort:
         self, total: Tensor, plans: Sequence[TrainingPlan], sources: Sequence[NoiseSource]
     ) -> Tensor:
         """Every site's sum with that site's noise; afterwards nothing looks at a patient."""
+        guarantees = [plan.guarantee for plan in plans if isinstance(plan.guarantee, Private)]
         released = add_noise_to_rows(
             total.cpu().numpy(),
-            stds=[_noise_of(plan) for plan in plans],
+            stds=[g.noise_multiplier * g.clip_norm for g in guarantees],
+            sensitivities=[g.clip_norm for g in guarantees],
             sources=sources[: len(plans)],
         )
         return torch.from_numpy(released).to(self._device)
@@ -291,13 +293,6 @@ class Cohort:
                 begin += p.numel()
             start += p.numel()
         return whole
-
-
-def _noise_of(plan: TrainingPlan) -> float:
-    """Standard deviation of the noise on a sum of clipped gradients."""
-    if not isinstance(plan.guarantee, Private):
-        raise TypeError("training without privacy adds no noise")
-    return plan.guarantee.noise_multiplier * plan.guarantee.clip_norm
 
 
 def _common(plans: Sequence[TrainingPlan]) -> TrainingPlan:

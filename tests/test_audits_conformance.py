@@ -44,6 +44,7 @@ class ByHand:
             released = add_noise(
                 total,
                 std=self.noise_factor * trial.noise_multiplier * trial.clip_norm,
+                sensitivity=trial.clip_norm,
                 source=noise,
             )
             weights -= trial.learning_rate * released / trial.expected_batch_size

@@ -211,23 +211,33 @@ def test_noise_for_all_sites_at_once_is_each_sites_own_to_the_bit() -> None:
     rows = np.random.default_rng(0).normal(size=(5, 37)).astype(np.float32)
     stds = [0.3, 1.0, 1.7, 64.0, 1e-6]
 
-    together = add_noise_to_rows(rows, stds=stds, sources=[simulated_source(n) for n in range(5)])
+    for scale in (1e-6, 1.0):  # in the first all of it fits single precision
+        scaled = rows * np.float32(scale)
 
-    for number, (row, std) in enumerate(zip(rows, stds, strict=True)):
-        alone = add_noise(row, std=std, source=simulated_source(number))
-        assert together[number].tobytes() == alone.tobytes()
-    assert together.dtype == np.float32
+        together = add_noise_to_rows(
+            scaled,
+            stds=stds,
+            sensitivities=[0.7] * 5,
+            sources=[simulated_source(n) for n in range(5)],
+        )
+
+        for number, (row, std) in enumerate(zip(scaled, stds, strict=True)):
+            alone = add_noise(row, std=std, sensitivity=0.7, source=simulated_source(number))
+            assert together[number].tobytes() == alone.tobytes()
+        assert together.dtype == np.float32
 
 
 @pytest.mark.parametrize("std", [0.0, -1.0, np.nan, np.inf])
 def test_one_site_without_noise_stops_the_release_of_all(std: float) -> None:
     sources = [simulated_source(1), simulated_source(2)]
     with pytest.raises(ValueError, match="positive and finite"):
-        add_noise_to_rows(np.zeros((2, 3), np.float32), stds=[1.0, std], sources=sources)
+        add_noise_to_rows(
+            np.zeros((2, 3), np.float32), stds=[1.0, std], sensitivities=[1.0, 1.0], sources=sources
+        )
 
 
 def test_a_row_that_is_not_finite_is_not_released() -> None:
     rows = np.array([[0.0, 1.0], [np.inf, 0.0]], np.float32)
     sources = [simulated_source(1), simulated_source(2)]
     with pytest.raises(ValueError, match="not finite"):
-        add_noise_to_rows(rows, stds=[1.0, 1.0], sources=sources)
+        add_noise_to_rows(rows, stds=[1.0, 1.0], sensitivities=[1.0, 1.0], sources=sources)

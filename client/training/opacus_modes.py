@@ -55,6 +55,7 @@ class SourcedOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus publishes n
             add_noise(
                 total.cpu().numpy(),
                 std=self.noise_multiplier * self.max_grad_norm,
+                sensitivity=self.max_grad_norm,
                 source=self._noise_source,
             )
         ).to(total.device)

@@ -7,9 +7,9 @@ number, which is half of a step of a logistic regression.
 import numpy as np
 from numpy.typing import NDArray
 
-from fedward.privacy.mechanisms.noise import FillsMemory, NoiseSource
+from fedward.privacy.mechanisms.noise import NoiseSource, draw_steps
 
-_LARGEST = 1 << 14  # doubles held at a time; larger requests gain nothing
+_LARGEST = 1 << 14  # numbers held at a time; larger requests gain nothing
 
 
 class Prefetched:
@@ -26,27 +26,25 @@ class Prefetched:
     def __init__(self, source: NoiseSource, *, steps: int) -> None:
         self.private = source.private
         self._source = source
-        self._steps = steps
-        self._normal: NDArray[np.float64] = np.zeros(0)
+        self._rounds = steps
+        self._normal: NDArray[np.int32] = np.zeros(0, np.int32)
         self._uniform: NDArray[np.float64] = np.zeros(0)
 
     def gaussian(self, size: int, *, std: float) -> NDArray[np.float64]:
         """See `NoiseSource`."""
-        if size > _LARGEST // 2:
-            return np.asarray(self._source.gaussian(size, std=std), dtype=np.float64)
-        if len(self._normal) < size:
-            self._normal = np.asarray(
-                self._source.gaussian(self._ahead(size), std=1.0), dtype=np.float64
-            )
-        drawn, self._normal = self._normal[:size], self._normal[size:]
-        return drawn * std
+        return np.asarray(self._source.gaussian(size, std=std), dtype=np.float64)
 
-    def fill_gaussian(self, out: NDArray[np.float64], *, std: float) -> None:
-        """See `FillsMemory`."""
-        if out.size > _LARGEST // 2 and isinstance(self._source, FillsMemory):
-            self._source.fill_gaussian(out, std=std)
-        else:
-            out[:] = self.gaussian(out.size, std=std)
+    def normal_steps(self, out: NDArray[np.int32]) -> None:
+        """See `DrawsSteps`."""
+        size = out.size
+        if size > _LARGEST // 2:
+            draw_steps(out, source=self._source)
+            return
+        if len(self._normal) < size:
+            self._normal = np.empty(self._ahead(size), np.int32)
+            draw_steps(self._normal, source=self._source)
+        out[:] = self._normal[:size]
+        self._normal = self._normal[size:]
 
     def uniform(self, size: int) -> NDArray[np.float64]:
         """See `NoiseSource`."""
@@ -58,7 +56,7 @@ class Prefetched:
         return drawn
 
     def _ahead(self, size: int) -> int:
-        return min(self._steps * size, _LARGEST // size * size) if size else 0
+        return min(self._rounds * size, _LARGEST // size * size) if size else 0
 
 
 def drawing_ahead(source: NoiseSource, *, steps: int) -> NoiseSource:

@@ -129,7 +129,9 @@ class Session:
             std = guarantee.gradient_noise_multiplier * self.clip_norm
             # In place: nothing without noise is left.
             summed = total.cpu().numpy()
-            released = add_noise(summed, std=std, source=noise, out=summed)
+            released = add_noise(
+                summed, std=std, sensitivity=self.clip_norm, source=noise, out=summed
+            )
             if total.device.type != "cpu":
                 total = torch.from_numpy(released).to(total.device)
             self._adapt(guarantee, within - batch.patients / 2, noise)
@@ -145,7 +147,9 @@ class Session:
         adaptive = guarantee.adaptive
         if adaptive is None:
             return
-        released = add_noise(np.array([centred_count]), std=adaptive.count_noise, source=noise)
+        released = add_noise(
+            np.array([centred_count]), std=adaptive.count_noise, sensitivity=0.5, source=noise
+        )
         share = float(released[0]) / self._plan.expected_batch_size + 0.5
         self.clip_norm *= float(np.exp(-adaptive.learning_rate * (share - adaptive.quantile)))
         low, high = guarantee.clip_norm / _CLIP_RANGE, guarantee.clip_norm * _CLIP_RANGE

@@ -28,5 +28,7 @@ def release_count(
     if count < 0:
         raise ValueError(f"a count is not negative, got {count}")
     event = gaussian_event(noise_multiplier)
-    noisy = add_noise(np.array([count], dtype=np.float64), std=noise_multiplier, source=source)
+    noisy = add_noise(
+        np.array([count], dtype=np.float64), std=noise_multiplier, sensitivity=1.0, source=source
+    )
     return max(0, round(float(noisy[0]))), event

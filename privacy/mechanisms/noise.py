@@ -7,25 +7,36 @@
 secret below the noise (Mironov, "On significance of the least significant bits for differential
 privacy", CCS 2012), and where draws are made in pairs, two of them betray whether a guess of the
 secret is right (Holohan and Braghin, "Secure random sampling in differential privacy", ESORICS
-2021). `add_noise` therefore releases no such double. It adds noise of full resolution to the
-vector in double precision and rounds the *sum* to multiples of a power of two near `std / 2**16`,
-which depends on `std` alone. Rounding the sum is post-processing, so it costs no sensitivity. Every
-multiple within nine standard deviations of every secret is reached, each by more than 1e10 of
-the sampler's outputs, so which values occur says nothing; and each draw is made of words of its
-own (`normal`), so there is no pair.
+2021). `add_noise` therefore adds whole numbers: the vector, rounded to multiples of a step near
+`std / 2**22.6`, and a normal draw, rounded to multiples of the same step, which gives what rounding
+their sum would. So the mechanism is the Gaussian one on the rounded vector, and then
+post-processing. Rounding moves two neighbours' vectors apart by at most two steps an element,
+`2 * sqrt(size)` steps in the Euclidean norm, and the noise is made larger by just what that adds
+to the sensitivity: by a part in 10,000 for 100,000 elements and a noise multiplier of 1.
 """
 
 import math
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Final, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
-GRID_BITS = 16
-"""Released values are multiples of the power of two in (std / 2**17, std / 2**16]."""
+from fedward.privacy.mechanisms.normal import RESOLUTION
 
-_LARGE = 1 << 13  # from here on memory is worth a thought
-_CHUNK = 1 << 17  # a draw of a source has a fixed cost, and its working space is to stay small
+_APART: Final = 2
+"""Steps by which an element of two neighbours' vectors can be farther apart after rounding.
+
+Each is moved by one at most: by a half when it is rounded, and by a quarter before that in single
+precision, or by a half once more in double precision, see `_release`.
+"""
+
+_CHUNK: Final = 1 << 17  # a request has a fixed cost, and its working space is to stay small
+_BLOCK: Final = 1 << 15  # worked on at a time, in the second-level cache
+_SINGLES: Final = 2.0**24
+"""Steps below which a product in single precision is off by at most a quarter before it is rounded,
+or by a half where it is whole by itself."""
+_LARGEST: Final = float(np.finfo(np.float32).max)
+_FINEST: Final = 1e-30  # standard deviation, so that a step and its inverse are single precision
 
 
 class NoiseSource(Protocol):
@@ -41,8 +52,7 @@ class NoiseSource(Protocol):
     def gaussian(self, size: int, *, std: float) -> NDArray[np.floating[Any]]:
         """`size` draws of a normal distribution with mean 0 and standard deviation `std`.
 
-        At full resolution (float64 from the sources of Fedward). Never to be added to what is
-        released by hand: that is what `add_noise` is for.
+        Never to be added to what is released by hand: that is what `add_noise` is for.
         """
         ...
 
@@ -52,11 +62,11 @@ class NoiseSource(Protocol):
 
 
 @runtime_checkable
-class FillsMemory(Protocol):
-    """A source that can draw into memory that is there already, which saves page faults."""
+class DrawsSteps(Protocol):
+    """A source that draws what `add_noise` adds, without a detour over doubles."""
 
-    def fill_gaussian(self, out: NDArray[np.float64], *, std: float) -> None:
-        """Overwrite `out`, shape `(size,)`, contiguous, with what `gaussian` would give."""
+    def normal_steps(self, out: NDArray[np.int32]) -> None:
+        """Overwrite `out`, contiguous, with rounded normal draws of deviation `RESOLUTION`."""
         ...
 
 
@@ -64,18 +74,20 @@ def add_noise(
     vector: NDArray[np.float32] | NDArray[np.float64],
     *,
     std: float,
+    sensitivity: float,
     source: NoiseSource,
     out: NDArray[np.float32] | None = None,
 ) -> NDArray[np.float32]:
     """Release `vector` with Gaussian noise: the only way in which anything leaves with noise.
 
-    The sum is rounded to a grid, see the top of the module. Rounding adds less than 1e-10 of the
-    noise's variance.
+    Vector and noise are rounded to steps, see the top of the module; the noise multiplier, which
+    is `std / sensitivity`, holds for the rounded vector.
 
     Args:
         vector: Any shape; what is released, already clipped.
         std: Standard deviation of the noise on each element, > 0: noise multiplier times
-            sensitivity.
+            sensitivity. What is added is larger by the little that rounding asks for.
+        sensitivity: How far apart, in the Euclidean norm, the vectors of neighbours can be, > 0.
         source: Where the noise comes from.
         out: Where the result goes: contiguous, of the same shape, and possibly `vector` itself,
             of which then nothing is left without noise. None for a new array.
@@ -84,35 +96,98 @@ def add_noise(
         An array of the same shape.
 
     Raises:
-        ValueError: `std` is not positive and finite, or `vector` is not finite: an infinite or
-            NaN element would show through any noise.
+        ValueError: `std` or `sensitivity` is not positive and finite, or `vector` is not finite
+            in single precision: an infinite or NaN element would show through any noise.
     """
-    if not (std > 0 and math.isfinite(std)):
-        raise ValueError(f"std must be positive and finite, got {std}")
+    step = noise_step(std, sensitivity=sensitivity, size=np.size(vector))
     flat: NDArray[Any] = np.ascontiguousarray(vector).reshape(-1)
     released = np.empty(flat.size, dtype=np.float32) if out is None else out.reshape(-1)
     if released.size != flat.size or not (out is None or out.flags.c_contiguous):
         raise ValueError("out is contiguous and of the vector's shape")
-    anchor = 1.5 * 2.0**52 * grid_step(std)
-    filler = source if flat.size >= _LARGE and isinstance(source, FillsMemory) else None
-    memory = np.empty(0 if filler is None else min(_CHUNK, flat.size))
+    memory = np.empty(min(_CHUNK, flat.size), dtype=np.int32)
     for start in range(0, flat.size, _CHUNK):
-        part = flat[start : start + _CHUNK]
-        if not np.isfinite(part).all():
-            raise ValueError("a vector that is not finite cannot be released with noise")
-        if filler is not None:
-            noisy = memory[: part.size]
-            filler.fill_gaussian(noisy, std=std)
-        else:
-            noisy = np.asarray(source.gaussian(part.size, std=std), dtype=np.float64)
-        noisy += part
-        # Doubles of this size are multiples of the step, so the addition rounds to the nearest.
-        noisy += anchor
-        np.subtract(noisy, anchor, out=released[start : start + _CHUNK], casting="same_kind")
+        steps = memory[: flat.size - start]
+        draw_steps(steps, source=source)
+        for first in range(0, steps.size, _BLOCK):
+            drawn = steps[first : first + _BLOCK]
+            at = slice(start + first, start + first + drawn.size)
+            _release(flat[at], drawn, step, released[at])
     return released.reshape(np.shape(vector))
 
 
-def grid_step(std: float) -> float:
-    """The power of two whose multiples are released under noise of standard deviation `std`."""
-    exponent = math.frexp(std)[1] - 1  # of the power of two at or below `std`
-    return math.ldexp(1.0, exponent - GRID_BITS)
+def noise_step(std: float, *, sensitivity: float, size: int) -> float:
+    """What vectors of `size` elements and their noise are rounded to multiples of.
+
+    Raises:
+        ValueError: `std` or `sensitivity` is no such number; or the noise would have to be twice as
+            large for rounding's sake, which takes a noise multiplier times square root of the size
+            beyond 1.5 million.
+    """
+    if not (std > 0 and math.isfinite(std)):
+        raise ValueError(f"std must be positive and finite, got {std}")
+    if not (sensitivity > 0 and math.isfinite(sensitivity)):
+        raise ValueError(f"sensitivity must be positive and finite, got {sensitivity}")
+    if not _FINEST < std < 1 / _FINEST:
+        raise ValueError(f"std {std:g} cannot be told in single precision")
+    # RESOLUTION steps = std + (std / sensitivity) * what rounding adds to the sensitivity. The 1
+    # is for the constants that are rounded to single precision.
+    deviation = RESOLUTION - 1 - _APART * std / sensitivity * math.sqrt(size)
+    if deviation < RESOLUTION / 2:
+        raise ValueError(
+            f"noise {std / sensitivity:g} times the sensitivity on {size} elements: too fine"
+        )
+    return std / deviation
+
+
+def draw_steps(out: NDArray[np.int32], *, source: NoiseSource) -> None:
+    """Overwrite `out` with normal draws of standard deviation `RESOLUTION`, rounded."""
+    if isinstance(source, DrawsSteps):
+        source.normal_steps(out)
+    else:
+        out[:] = np.rint(source.gaussian(out.size, std=RESOLUTION))
+
+
+def steps_per_unit(step: float) -> float:
+    """What vectors are multiplied with: 1 / `step`, in single precision.
+
+    The same for all parts of all vectors, whatever they are computed in.
+    """
+    return float(np.float32(1 / step))
+
+
+def in_singles(part: NDArray[np.floating[Any]], step: float) -> bool:
+    """Whether a part that is not empty can be rounded to steps in single precision.
+
+    Raises:
+        ValueError: It is not finite in single precision.
+    """
+    largest = max(-float(part.min()), float(part.max()))
+    if not largest <= _LARGEST:
+        raise ValueError("a vector that is not finite cannot be released with noise")
+    return part.dtype == np.float32 and largest < _SINGLES * step
+
+
+def _release(
+    part: NDArray[Any], drawn: NDArray[np.int32], step: float, out: NDArray[np.float32]
+) -> None:
+    """Round `part` to steps, add `drawn`, and write the sum to `out`."""
+    scale = np.float32(steps_per_unit(step))
+    if in_singles(part, step):
+        scaled = np.multiply(part, scale)
+        np.rint(scaled, out=scaled)
+        drawn += scaled.astype(np.int32)
+        np.copyto(scaled, drawn)
+    else:
+        # A double in two parts, of 24 and 29 bits, whose products are exact. What the last
+        # addition rounds is the sum, noise included, as is what follows it.
+        upper = part.astype(np.float32)
+        lower = np.subtract(part, upper, dtype=np.float64)
+        lower *= scale
+        np.rint(lower, out=lower)
+        lower += drawn
+        whole = np.multiply(upper, scale, dtype=np.float64)
+        np.rint(whole, out=whole)
+        whole += lower
+        # As above, so that how it was computed does not show in what is released.
+        scaled = whole.astype(np.float32)
+    np.multiply(scaled, np.float32(step), out=out)

@@ -1,16 +1,15 @@
-"""Normal draws out of uniform words, in a few passes over memory.
+"""Normal draws, rounded to whole numbers, of no more random bits than the rounding leaves.
 
-The area under the density is cut into 4096 parts of equal mass. 4086 are upright strips that lie
-below the curve, of one height each; what is left, the wedges between strips and curve and the two
-tails, fills the other ten. A word's lowest bits choose a part, and the whole word the place in a
-strip, so that one draw in four hundred alone needs a logarithm or a comparison with the curve
-(Marsaglia, "Expressing a random variable in terms of uniform random variables", 1961; here with
-strips of equal mass, so that the choice is one look into a table).
+What is wanted is round(N) of a normal N whose standard deviation is `RESOLUTION`. The area under
+N's density is cut into bricks of equal mass and a rest. A brick is 2**16 whole numbers wide and of
+one height, and so many lie on each other as fit below the density. There are 2**16 bricks, so that
+16 bits choose one and 16 more the place in it: where N falls into a brick, every whole number there
+is equally likely, and bits below it would be rounded away. One draw in a hundred is from the rest:
+from the wedges between bricks and density by rejection, and from the tails (Marsaglia, "Expressing
+a random variable in terms of uniform random variables", 1961; here with bricks on a lattice).
 
-Every draw has words of its own, and nothing relates it to another one. In a strip, which is at
-most a third of a standard deviation wide, 2**52 places are equally likely, so more than 1e11 of
-them lie in 2**-17 standard deviations; beyond the strips a draw has three words and more. The
-longest draw is 14 standard deviations: the tail that is missing has probability below 1e-43.
+Every draw has words of its own, and nothing relates it to another one. The longest draw is 12
+standard deviations: the tail that is missing has probability below 1e-32.
 """
 
 import functools
@@ -24,40 +23,47 @@ from numpy.typing import NDArray
 Words = Callable[[NDArray[np.uint64]], None]
 """Overwrites an array with uniform words, new ones at each call."""
 
-_BITS: Final = 12
-_PARTS: Final = 1 << _BITS
+RESOLUTION: Final = 3 << 21
+"""Standard deviation of the draws before they are rounded."""
+
+_BITS: Final = 16
+_BRICKS: Final = 1 << _BITS
+_WIDTH: Final = 1 << _BITS
 _BLOCK: Final = 1 << 15  # draws that are worked on at a time: they stay in the second-level cache
-_PER_ROOT: Final = 1 / math.sqrt(2 * math.pi)
-_PROPOSALS: Final = 2048  # for draws outside of the strips, at a time; .65 of them are taken
+_ENTRIES: Final = 1 << 12  # of the table of boxes, about
+_COLUMNS_TO: Final = 5  # standard deviations; there are no bricks beyond 3.4, and boxes still
+_BATCH: Final = 1 << 11  # draws that are in no brick are made together
+_PER_ROOT: Final = 1 / (RESOLUTION * math.sqrt(2 * math.pi))
+_UNIT: Final = 2.0**-53
 
 
-class Strips(NamedTuple):
-    """The parts; `n` strips on each side.
+class Bricks(NamedTuple):
+    """How the area is cut.
 
     Attributes:
-        places: Shape `(4096,)`, complex: a strip's centre and, as imaginary part, its width in
-            units of 2**-64; zero for the parts that are no strip.
-        strips: How many parts are strips.
-        edges: Where strips begin, from 0, and where the last one ends, shape `(n + 1,)`.
-        heights: Of the strips, below the density at their outer edges, shape `(n,)`.
-        upper: The density at their inner edges, shape `(n,)`.
-        boxes: Around wedges: left edge, width, lower edge, height, shape `(n + 1, 4)`; the last
-            one stands for the tail and holds nothing.
-        shares: Mass of the boxes around wedges and of the curve around the tail, summed up and
-            divided by their sum, shape `(n + 1,)`.
+        first: The first whole number in each brick, shape `(65536,)`.
+        rest: Probability that a draw is in no brick.
+        left: Where columns begin, half below their first whole number, shape `(columns,)`.
+        heights: Of the bricks in a column together, shape `(columns,)`.
+        boxes: Columns, each as often as the height of its box, around what the density leaves
+            above the bricks, asks for.
+        tallest: How high a box is, shape `(columns,)`.
+        tails: Where the tails begin, left and right.
+        shares: Of boxes, and of boxes and right tail, in what proposals are made from.
     """
 
-    places: NDArray[np.complex128]
-    strips: int
-    edges: NDArray[np.float64]
+    first: NDArray[np.int32]
+    rest: float
+    left: NDArray[np.float64]
     heights: NDArray[np.float64]
-    upper: NDArray[np.float64]
-    boxes: NDArray[np.float64]
-    shares: NDArray[np.float64]
+    boxes: NDArray[np.int64]
+    tallest: NDArray[np.float64]
+    tails: tuple[float, float]
+    shares: tuple[float, float]
 
 
-class NormalDraws:
-    """Normal draws from a stream of words. Not for two threads at a time.
+class NormalSteps:
+    """Rounded normal draws from a stream of words. Not for two threads at a time.
 
     Args:
         words: Where the randomness comes from.
@@ -65,101 +71,142 @@ class NormalDraws:
 
     def __init__(self, words: Words) -> None:
         self._words = words
-        self._chosen = np.empty(0, dtype=np.int64)
-        self._place = np.empty(0, dtype=np.complex128)
-        self._outside = np.empty(0)
+        self._word = np.empty(0, dtype=np.uint64)
+        self._brick = np.empty(0, dtype=np.int64)
+        # Of draws to come: which ones are in no brick, counted from the next, and what those are.
+        self._places = np.empty(0, dtype=np.int64)
+        self._values = np.empty(0, dtype=np.int32)
 
-    def fill(self, out: NDArray[np.float64], *, std: float) -> None:
-        """Overwrite `out` with draws of standard deviation `std`.
-
-        Args:
-            out: Contiguous, shape `(size,)`.
-            std: > 0.
-        """
-        parts = strips()
-        places = parts.places if std == 1 else parts.places * std
+    def fill(self, out: NDArray[np.int32]) -> None:
+        """Overwrite `out`, contiguous, shape `(size,)`."""
+        table = bricks()
         largest = min(_BLOCK, out.size)
-        if self._chosen.size < largest:
-            self._chosen = np.empty(largest, dtype=np.int64)
-            self._place = np.empty(largest, dtype=np.complex128)
+        if self._brick.size < largest:
+            self._word = np.empty((largest + 1) // 2, dtype=np.uint64)
+            self._brick = np.empty(largest, dtype=np.int64)
         for start in range(0, out.size, _BLOCK):
             drawn = out[start : start + _BLOCK]
-            chosen, place = self._chosen[: drawn.size], self._place[: drawn.size]
-            word = drawn.view(np.int64)
-            self._words(drawn.view(np.uint64))
-            np.bitwise_and(word, _PARTS - 1, out=chosen)
-            np.take(places, chosen, out=place, mode="clip")
-            # From -1/2 to 1/2 of the width. The bits that chose the strip move this by less than
-            # a part in 2^52 of it.
-            np.copyto(drawn, word)
-            drawn *= place.imag
-            drawn += place.real
-            at = np.flatnonzero(chosen >= parts.strips)
-            drawn[at] = self._beyond(at.size) * std
-        # What is left here would say in which strips the last draws were.
-        self._chosen[:largest] = 0
-        self._place[:largest] = 0
+            word = self._word[: (drawn.size + 1) // 2]
+            self._words(word)
+            halves = word.view(np.uint16)
+            brick = self._brick[: drawn.size]
+            np.copyto(brick, halves[: drawn.size])
+            np.take(table.first, brick, out=drawn, mode="clip")
+            np.add(drawn, halves[drawn.size : 2 * drawn.size], out=drawn)
+        # What is left here would say what the last draws were.
+        self._word[: (largest + 1) // 2] = 0
+        self._brick[:largest] = 0
+        self._put_beyond(out)
 
-    def _beyond(self, size: int) -> NDArray[np.float64]:
-        """Draws from outside of the strips, a few of many that are made at a time."""
-        while self._outside.size < size:
-            self._outside = np.append(self._outside, beyond_strips(self._words))
-        drawn = self._outside[:size].copy()
-        self._outside[:size] = 0
-        self._outside = self._outside[size:]
-        return drawn
+    def _put_beyond(self, out: NDArray[np.int32]) -> None:
+        """Overwrite what is in no brick; places and values are made for many draws at a time."""
+        places = self._places
+        while not places.size or places[-1] < out.size:
+            last = int(places[-1]) if places.size else -1
+            places = np.concatenate([places, last + gaps(_BATCH, self._words).cumsum()])
+        count = int(np.searchsorted(places, out.size))
+        while self._values.size < count:
+            self._values = np.concatenate([self._values, beyond(2 * _BATCH, self._words)])
+        out[places[:count]] = self._values[:count]
+        self._places = places[count:] - out.size
+        places[:count] = 0
+        self._values[:count] = 0
+        self._values = self._values[count:]
 
 
-def beyond_strips(words: Words) -> NDArray[np.float64]:
-    """Some draws from what the strips leave of the standard normal density, by rejection."""
-    parts = strips()
-    end = parts.edges[-1]
-    word = np.empty((3, _PROPOSALS), dtype=np.uint64)
-    words(word.reshape(-1))
-    sign = 1.0 - 2.0 * (word[0] & np.uint64(1)).astype(np.float64)
-    word >>= np.uint64(12)  # 52 bits, so that halves are exact and 1 is not reached
-    which, across, up = (word.view(np.int64) + 0.5) * 2.0**-52
-    box = np.searchsorted(parts.shares, which, side="right")
-    left, width, low, height = np.take(parts.boxes, box, axis=0).T
-    x = left + width * across
-    keep = low + height * up < _PER_ROOT * np.exp(-0.5 * x * x)
-    # Marsaglia 1964: an exponential tail about the normal one.
-    tail = np.flatnonzero(box == len(parts.heights))
-    excess = -np.log(across[tail]) / end
-    x[tail] = end + excess
-    keep[tail] = up[tail] < np.exp(-0.5 * excess * excess)
-    x *= sign
-    kept: NDArray[np.float64] = x[keep]
-    return kept
+def gaps(size: int, words: Words) -> NDArray[np.int64]:
+    """From one draw that is in no brick to the next, each independently of the others, >= 1."""
+    drawn = np.log(_uniform(size, words))
+    drawn *= 1 / math.log1p(-bricks().rest)
+    steps = drawn.astype(np.int64)
+    steps += 1
+    return steps
+
+
+def beyond(proposals: int, words: Words) -> NDArray[np.int32]:
+    """Draws of what the bricks leave of the density, rounded: about .6 of the proposals."""
+    return np.rint(_proposals(proposals, words)).astype(np.int32)
+
+
+def _proposals(size: int, words: Words) -> NDArray[np.float64]:
+    """Those of `size` proposals that are below the density and above the bricks."""
+    table = bricks()
+    across, up = _uniform(2 * size, words).reshape(2, size)
+    place = across * (table.boxes.size / table.shares[0])
+    entry = place.astype(np.int64)
+    column = np.take(table.boxes, entry, mode="clip")
+    place -= entry
+    x = np.take(table.left, column)
+    place *= _WIDTH
+    x += place
+    height = np.take(table.tallest, column)
+    height *= up
+    height += np.take(table.heights, column)
+    keep = height < _density(x)
+    tail = np.flatnonzero(across >= table.shares[0])
+    if tail.size:
+        # Marsaglia 1964: an exponential tail about the normal one.
+        right = across[tail] < table.shares[1]
+        start = np.where(right, table.tails[1], -table.tails[0]) / RESOLUTION
+        excess = -np.log(_uniform(tail.size, words)) / start
+        x[tail] = np.where(right, start + excess, -start - excess) * RESOLUTION
+        keep[tail] = up[tail] < np.exp(-0.5 * excess * excess)
+    return x[keep]
+
+
+def _uniform(size: int, words: Words) -> NDArray[np.float64]:
+    """Odd multiples of 2**-54 between 0 and 1: neither end is reached."""
+    word = np.empty(size, dtype=np.uint64)
+    words(word)
+    word >>= np.uint64(11)
+    drawn = word.astype(np.float64)
+    drawn += 0.5
+    drawn *= _UNIT
+    return drawn
+
+
+def _density(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    exponent = x * (1 / RESOLUTION)
+    exponent *= exponent
+    exponent *= -0.5
+    np.exp(exponent, out=exponent)
+    exponent *= _PER_ROOT
+    return exponent
 
 
 @functools.cache
-def strips() -> Strips:
-    """The table, which takes twenty milliseconds."""
-    edges = [0.0]
-    while (width := _width(edges[-1])) is not None:
-        edges.append(edges[-1] + width)
-    edge, wide = np.array(edges), np.diff(edges)
-    count = 2 * wide.size
-    places = np.zeros(_PARTS, dtype=np.complex128)
-    centres = edge[:-1] + wide / 2
-    places[:count] = np.concatenate([centres, -centres]) + 1j * np.tile(wide * 2.0**-64, 2)
-    heights = 1 / (_PARTS * wide)
-    upper = _PER_ROOT * np.exp(-0.5 * edge[:-1] ** 2)
-    around_tail = _PER_ROOT * math.exp(-0.5 * edges[-1] ** 2) / edges[-1]
-    mass = np.append(wide * (upper - heights), around_tail).cumsum()
-    boxes = np.zeros((wide.size + 1, 4))
-    boxes[:-1] = np.column_stack([edge[:-1], wide, heights, upper - heights])
-    return Strips(places, count, edge, heights, upper, boxes, mass / mass[-1])
-
-
-def _width(start: float) -> float | None:
-    """The least width at which a strip from `start`, as high as its outer edge, has its mass."""
-    width = 0.0
-    while True:
-        wider = 1 / (_PARTS * _PER_ROOT * math.exp(-0.5 * (start + width) ** 2))
-        if wider > 1:
-            return None  # too far out: no strip of this mass lies below the curve
-        if wider <= width * (1 + 1e-15):
-            return max(width, wider)
-        width = wider
+def bricks() -> Bricks:
+    """The table, which takes two milliseconds."""
+    columns = 8 * RESOLUTION // _WIDTH
+    first: NDArray[np.int64] = np.arange(-columns, columns) * _WIDTH
+    left = first.astype(np.float64) - 0.5
+    at_left, at_right = _density(left), _density(left + _WIDTH)
+    lowest = np.minimum(at_left, at_right)
+    # The largest mass of a brick at which there are enough of them.
+    low, high = 0.9 / _BRICKS, 1 / _BRICKS
+    while (mass := (low + high) / 2) not in (low, high):
+        enough = np.floor(lowest * (_WIDTH / mass)).sum() >= _BRICKS
+        low, high = (mass, high) if enough else (low, mass)
+    count = np.floor(lowest * (_WIDTH / low)).astype(np.int64)
+    count[count.argmax()] -= count.sum() - _BRICKS
+    used = np.abs(first) <= _COLUMNS_TO * RESOLUTION
+    first, left, count = first[used], left[used], count[used]
+    heights = count.astype(np.float64) * (low / _WIDTH)
+    # At an edge, but for the one column that 0 is in.
+    top = np.where(first == 0, _PER_ROOT, np.maximum(at_left, at_right)[used])
+    unit = (top - heights).sum() / _ENTRIES
+    entries = np.ceil((top - heights) / unit).astype(np.int64)
+    tails = (float(left[0]), float(left[-1]) + _WIDTH)
+    around = _density(np.array(tails)) * RESOLUTION**2 / np.abs(tails)
+    boxes = float(entries.sum()) * unit * _WIDTH
+    proposed = boxes + float(around.sum())
+    return Bricks(
+        first=np.repeat(first, count).astype(np.int32),
+        rest=1 - _BRICKS * low,
+        left=left,
+        heights=heights,
+        boxes=np.repeat(np.arange(count.size), entries),
+        tallest=entries * unit,
+        tails=tails,
+        shares=(boxes / proposed, float(boxes + around[1]) / proposed),
+    )

@@ -5,11 +5,22 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from fedward.privacy.mechanisms.noise import NoiseSource, grid_step
+from fedward.privacy.mechanisms.noise import (
+    NoiseSource,
+    add_noise,
+    draw_steps,
+    in_singles,
+    noise_step,
+    steps_per_unit,
+)
 
 
 def add_noise_to_rows(
-    rows: NDArray[np.float32], *, stds: Sequence[float], sources: Sequence[NoiseSource]
+    rows: NDArray[np.float32],
+    *,
+    stds: Sequence[float],
+    sensitivities: Sequence[float],
+    sources: Sequence[NoiseSource],
 ) -> NDArray[np.float32]:
     """Release each row with noise of its own: to the bit what `add_noise` gives for that row.
 
@@ -18,21 +29,30 @@ def add_noise_to_rows(
     Args:
         rows: Shape `(sites, size)`, already clipped.
         stds: Standard deviation of the noise on each element, > 0, one a row.
+        sensitivities: Of each row.
         sources: Where the noise of each row comes from.
 
     Raises:
-        ValueError: A standard deviation is not positive and finite, or a row is not finite.
+        ValueError: As `add_noise`.
     """
-    if not (all(std > 0 for std in stds) and np.isfinite(stds).all()):
-        raise ValueError("std must be positive and finite at every site")
-    if not np.isfinite(rows).all():
-        raise ValueError("a vector that is not finite cannot be released with noise")
-    noisy = np.empty(rows.shape)
-    for row, std, source in zip(noisy, stds, sources, strict=True):
-        row[:] = source.gaussian(row.size, std=std)
-    steps = np.array([grid_step(std) for std in stds])[:, None]
-    noisy += rows
-    noisy *= 1.0 / steps
-    np.rint(noisy, out=noisy)
-    noisy *= steps
-    return noisy.astype(np.float32)
+    size = rows.shape[1]
+    steps = [
+        noise_step(std, sensitivity=sensitivity, size=size)
+        for std, sensitivity in zip(stds, sensitivities, strict=True)
+    ]
+    if not (rows.size and in_singles(rows, min(steps))):
+        each = zip(rows, stds, sensitivities, sources, strict=True)
+        released = [
+            add_noise(row, std=std, sensitivity=sensitivity, source=source)
+            for row, std, sensitivity, source in each
+        ]
+        return np.array(released, dtype=np.float32).reshape(rows.shape)
+    drawn = np.empty(rows.shape, dtype=np.int32)
+    for row, source in zip(drawn, sources, strict=True):
+        draw_steps(row, source=source)
+    scaled = rows * np.array([steps_per_unit(step) for step in steps], np.float32)[:, None]
+    np.rint(scaled, out=scaled)
+    drawn += scaled.astype(np.int32)
+    np.copyto(scaled, drawn)
+    scaled *= np.array(steps, np.float32)[:, None]
+    return scaled

@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext, algori
 from numpy.typing import NDArray
 
 from fedward.privacy.mechanisms.noise import NoiseSource
-from fedward.privacy.mechanisms.normal import NormalDraws
+from fedward.privacy.mechanisms.normal import RESOLUTION, NormalSteps
 from fedward.privacy.mechanisms.seeding import Seed, philox_keys
 
 _KEY_BYTES = 32
@@ -85,7 +85,7 @@ class SecureSource:
         self._lock = threading.Lock()
         self._process = os.getpid()
         self._stream = _stream(os.urandom(_KEY_BYTES))
-        self._normal = NormalDraws(self._fill)
+        self._normal = NormalSteps(self._fill)
 
     def uniform(self, size: int) -> NDArray[np.float64]:
         """See `NoiseSource`; multiples of 2**-53."""
@@ -96,16 +96,16 @@ class SecureSource:
         return np.multiply(words, 2.0**-53)
 
     def gaussian(self, size: int, *, std: float) -> NDArray[np.float64]:
-        """See `NoiseSource` and `normal`: of each draw one word of 64 bits, or four and more."""
-        drawn = np.empty(_size(size))
-        self.fill_gaussian(drawn, std=std)
-        return drawn
-
-    def fill_gaussian(self, out: NDArray[np.float64], *, std: float) -> None:
-        """See `FillsMemory`."""
+        """See `NoiseSource`; multiples of `std / RESOLUTION`."""
         std = _std(std)
+        steps = np.empty(_size(size), dtype=np.int32)
+        self.normal_steps(steps)
+        return np.multiply(steps, std / RESOLUTION)
+
+    def normal_steps(self, out: NDArray[np.int32]) -> None:
+        """See `DrawsSteps` and `normal`: of each draw 32 random bits, or 100 and more."""
         with self._request():
-            self._normal.fill(out, std=std)
+            self._normal.fill(out)
 
     @contextmanager
     def _request(self) -> Iterator[None]:
