@@ -386,7 +386,7 @@ _SLOW = ("opacus-functorch", "fedward-simulated", "vmap-grad")
 def _noise_ms(parameters: int) -> float:
     """What the cryptographic noise of a step costs by itself."""
     source, total = secure_source(), np.zeros(parameters, dtype=np.float32)
-    made = {"noise": lambda: add_noise(total, std=1.0, source=source)}
+    made = {"noise": lambda: add_noise(total, std=1.0, sensitivity=1.0, source=source)}
     return timed(made, seconds=0.05)["noise"]
 
 
