@@ -18,7 +18,7 @@ from fedward.serving import oip
 from fedward.serving.http import MAX_BODY
 from fedward.serving.problems import Problem
 from fedward.serving.protobuf import messages
-from fedward.serving.roles import Caller, Role
+from fedward.serving.roles import ANYONE, Caller, Role
 from fedward.serving.service import Service
 
 SERVICE = "inference.GRPCInferenceService"
@@ -42,7 +42,8 @@ _CONTENTS = {
     "UINT8": "uint_contents",
 }
 
-Call = Callable[[Service, Any, Caller], Awaitable[Any]]
+Metadata = Sequence[tuple[bytes, bytes]]
+Call = Callable[[Service, Any, Caller, Metadata], Awaitable[Any]]
 
 
 async def start_rpc(
@@ -75,15 +76,15 @@ async def start_rpc(
     return server, int(port)
 
 
-async def _live(_: Service, __: object, ___: Caller) -> object:
+async def _live(_: Service, __: object, ___: Caller, ____: Metadata) -> object:
     return messages()["ServerLiveResponse"](live=True)
 
 
-async def _ready(service: Service, _: object, __: Caller) -> object:
+async def _ready(service: Service, _: object, __: Caller, ___: Metadata) -> object:
     return messages()["ServerReadyResponse"](ready=bool(service.catalogue.names()))
 
 
-async def _model_ready(service: Service, request: Any, _: Caller) -> object:
+async def _model_ready(service: Service, request: Any, _: Caller, __: Metadata) -> object:
     try:
         service.catalogue.get(request.name, request.version or None)
     except Problem:
@@ -91,19 +92,19 @@ async def _model_ready(service: Service, request: Any, _: Caller) -> object:
     return messages()["ModelReadyResponse"](ready=True)
 
 
-async def _server_metadata(_: Service, __: object, ___: Caller) -> object:
+async def _server_metadata(_: Service, __: object, ___: Caller, ____: Metadata) -> object:
     return messages()["ServerMetadataResponse"](**oip.server_metadata())
 
 
-async def _model_metadata(service: Service, request: Any, _: Caller) -> object:
+async def _model_metadata(service: Service, request: Any, _: Caller, __: Metadata) -> object:
     signature = service.catalogue.get(request.name, request.version or None).signature
     described = oip.model_metadata(signature, [str(signature.version)])
     return messages()["ModelMetadataResponse"](**described)
 
 
-async def _infer(service: Service, request: Any, caller: Caller) -> object:
-    # Calls carry no key: a canary gets them in turn.
-    live = service.catalogue.choose(request.model_name, request.model_version or None, ())
+async def _infer(service: Service, request: Any, caller: Caller, metadata: Metadata) -> object:
+    version = request.model_version or None
+    live = service.catalogue.choose(request.model_name, version, metadata)
     if len(request.inputs) != 1 or request.inputs[0].name != INPUT:
         raise Problem(400, f"`inputs` must be one tensor, {INPUT!r}")
     if any(output.name != OUTPUT for output in request.outputs):
@@ -176,9 +177,13 @@ def _answering(
         start = time.perf_counter()
         status, code, details = 200, grpc.StatusCode.OK, ""
         response = None
+        metadata = [
+            (key.encode(), value if isinstance(value, bytes) else value.encode())
+            for key, value in context.invocation_metadata()
+        ]
         try:
-            caller = service.admit_rpc(context.invocation_metadata(), roles)
-            response = await call(service, request, caller)
+            caller = ANYONE if roles is None else service.admit(metadata, roles)
+            response = await call(service, request, caller, metadata)
         except Problem as problem:
             status, details = problem.status, problem.error
             code = _STATUS.get(status, grpc.StatusCode.INVALID_ARGUMENT)
@@ -186,11 +191,7 @@ def _answering(
             # The type only: a message may quote a patient's values.
             _LOG.error("answering %s failed: %s", route, type(error).__name__)
             status, code, details = 500, grpc.StatusCode.INTERNAL, "internal error; see the log"
-        pairs = (
-            (name.encode(), value if isinstance(value, bytes) else value.encode())
-            for name, value in context.invocation_metadata()
-        )
-        service.answered(route, status, time.perf_counter() - start, pairs)
+        service.answered(route, status, time.perf_counter() - start, metadata)
         if response is None:
             await context.abort(code, details)
         return response

@@ -19,6 +19,7 @@ from fedward.core.files import write_atomic
 from fedward.serving.app import App
 from fedward.serving.audit import AuditLog
 from fedward.serving.catalogue import Catalogue
+from fedward.serving.follower import NOT_YET, Follower
 from fedward.serving.gate import Gate, read_keys
 from fedward.serving.keysets import read_tokens
 from fedward.serving.quick import QuickProtocol
@@ -30,6 +31,7 @@ from fedward.serving.vault import ROTATE_AFTER, Vault
 from fedward.serving.watcher import Watcher
 
 _BACKLOG = 2048
+_PATIENCE = 2.0  # seconds that the start waits for a registry
 _GRACE = 5  # seconds that requests under way have when the adapter stops
 
 
@@ -168,19 +170,25 @@ def serve(
         service.state, service.vault = state, vault
         if how.otlp is not None:
             service.traces = Traces(how.otlp)
-        follow = _follow(service, store, how)
+        follower = _follow(service, store, how)
         watcher = Watcher(
             store,
             catalogue,
             service.told,
-            fetch=follow,
-            fetch_every=how.fetch_every,
             also=_chores(service, tokens),
         )
+        if follower is not None:
+            # An empty store has nothing to serve without the registry's answer.
+            follower.start(patience=_PATIENCE if store.served() else None)
         watcher.look()
         if not catalogue.names():
             store.newest(next(iter(store.served()), None))  # says what is wrong
-        _run(service, watcher, (host, port), replace(how, ready_file=ready_file or how.ready_file))
+        try:
+            ready = ready_file or how.ready_file
+            _run(service, watcher, (host, port), replace(how, ready_file=ready))
+        finally:
+            if follower is not None:
+                follower.stop()
 
 
 def _run(service: Service, watcher: Watcher, address: tuple[str, int], how: Options) -> None:
@@ -208,23 +216,22 @@ def _run(service: Service, watcher: Watcher, address: tuple[str, int], how: Opti
         server.run(sockets=[listener])
 
 
-def _follow(service: Service, store: Store, how: Options) -> Callable[[], None]:
+def _follow(service: Service, store: Store, how: Options) -> Follower | None:
     """What brings newer releases from the registry, and says when its word is stale."""
     if how.registry is None:
-        return lambda: None
+        return None
     if how.root is None:
         raise ConfigError("is followed, so pin its root of trust too", file=str(how.registry))
     from fedward.serving.updates import follow, problem_of
 
     updates = follow(store, how.registry, how.root.read_bytes())
 
-    def fetch() -> None:
-        stale = problem_of(updates)
-        if stale is not None and stale != service.stale:
-            service.alarms.append(stale)
+    def said(stale: str | None) -> None:
+        if stale not in (None, NOT_YET, service.stale):
+            service.alarms.append(str(stale))
         service.stale = stale
 
-    return fetch
+    return Follower(lambda: problem_of(updates), said, every=how.fetch_every)
 
 
 def _chores(service: Service, tokens: Tokens | None) -> Callable[[], None]:

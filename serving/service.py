@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -75,18 +75,6 @@ class Service:
     def admit(self, headers: Headers, roles: Sequence[Role], *, path: str = "") -> Caller:
         """Who asks, if one of `roles` may. Raises `Problem` 401, 403 or 429."""
         return self.gate.admit(headers, roles, path=path)
-
-    def admit_rpc(
-        self, metadata: Iterable[tuple[str, str | bytes]], roles: Sequence[Role] | None
-    ) -> Caller:
-        """As `admit`, of gRPC's metadata; with `roles` None, anybody."""
-        if roles is None:
-            return ANYONE
-        pairs = (
-            (name.encode(), value if isinstance(value, bytes) else value.encode())
-            for name, value in metadata
-        )
-        return self.admit(pairs, roles)
 
     async def predict(
         self,

@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import sys
 import threading
-import time
 from collections.abc import Callable
 from typing import Protocol
 
@@ -34,8 +33,6 @@ class Watcher:
         store: The store.
         catalogue: What is served.
         told: Is told of every swap.
-        fetch: Brings newer releases into the store, if a registry is followed; from a thread.
-        fetch_every: Seconds between two calls of it.
         also: What else is to be done at each look; from the same thread.
     """
 
@@ -45,13 +42,10 @@ class Watcher:
         catalogue: Catalogue,
         told: Told,
         *,
-        fetch: Callable[[], None] = lambda: None,
-        fetch_every: float = 60.0,
         also: Callable[[], None] = lambda: None,
     ) -> None:
         self._store, self._catalogue, self._told = store, catalogue, told
-        self._fetch, self._fetch_every, self._also = fetch, fetch_every, also
-        self._fetch_next = 0.0
+        self._also = also
         self._seen: tuple[int, int] | None = None
         self._seen_rollout: tuple[int, int] | None = None
         self._failed: dict[str, int] = {}
@@ -60,9 +54,6 @@ class Watcher:
     def look(self) -> None:
         """Install what waits in the inbox, and swap in what the store serves now. Blocks."""
         with self._one_at_a_time:
-            if time.monotonic() >= self._fetch_next:
-                self._fetch_next = time.monotonic() + self._fetch_every
-                self._fetch()
             self._also()
             install_inbox(self._store)
             stamp = self._stamp("serving.json")

@@ -3,6 +3,7 @@
 import hashlib
 import re
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ class OciRegistry:
         manifests: By repository and tag.
         asked: Method and path of every request.
         silent: Answer 503 to all.
+        hanging: Take requests and answer nothing.
     """
 
     host: str = ""
@@ -34,6 +36,7 @@ class OciRegistry:
     manifests: dict[tuple[str, str], bytes] = field(default_factory=dict)
     asked: list[tuple[str, str]] = field(default_factory=list)
     silent: bool = False
+    hanging: bool = False
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -56,6 +59,8 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         path = urlsplit(self.path).path
         self.registry.asked.append((self.command, path))
+        while self.registry.hanging:
+            time.sleep(0.05)
         if self.registry.silent:
             self._answer(503)
         elif self.command == "POST" and _UPLOADS.fullmatch(path):
@@ -101,6 +106,7 @@ def oci_registry() -> Iterator[OciRegistry]:
     try:
         yield registry
     finally:
+        registry.hanging = False
         server.shutdown()
         thread.join()
         server.server_close()

@@ -5,9 +5,11 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 from oci_registry import OciRegistry, oci_registry
 from release_samples import MODEL, publish_sample
@@ -22,6 +24,7 @@ from fedward.core.identity import Identity
 from fedward.core.oci import OciAddress, pull_files, push_files
 from fedward.server.oci import push_registry
 from fedward.server.updates import found_registry, refresh_registry
+from fedward.serving.follower import NOT_YET, Follower
 from fedward.serving.store import Store
 from fedward.serving.updates import Updates, follow
 from fedward.simulations.simulate import prepare_run, simulate
@@ -315,3 +318,53 @@ def test_an_adapter_follows_an_oci_registry(
 
     with adapter(updates.store.folder, tmp_path / "ready", *options):
         assert _served(updates) == 1
+
+
+@pytest.mark.e2e
+def test_no_swap_waits_for_a_registry_that_hangs(
+    tmp_path: Path, registry: Path, address: str, updates: Updates, remote: OciRegistry
+) -> None:
+    updates.look()
+    store, root = updates.store, str(registry / "tuf" / "1.root.json")
+    options = ("--registry", address, "--root", root, "--fetch-every", "0.1")
+    newer = publish_sample(registry, _PUBLISHER, bias=-1.0)
+    remote.hanging = True
+
+    start = time.monotonic()
+    with adapter(store.folder, tmp_path / "ready", *options) as (url, process):
+        ready = time.monotonic() - start
+        first = httpx.post(f"{url}/predict", json={"age": 63}).json()
+        start = time.monotonic()
+        store.install(newer, _PUBLISHER.public)
+        while httpx.get(f"{url}/v2/models/{MODEL}").json()["versions"] != ["2"]:
+            assert time.monotonic() < start + 5
+            time.sleep(0.02)
+        start = time.monotonic()
+        process.terminate()
+        process.wait(20)
+        stopped = time.monotonic() - start
+
+    assert ready < 15  # a registry may be silent for 30 s
+    assert "not answered" in first["stale"]
+    assert stopped < 5
+
+
+def test_a_follower_says_why_it_could_not_ask_and_asks_again() -> None:
+    said: list[str | None] = []
+    answers: Iterator[str | None] = iter(["stale", None])
+
+    def asked() -> str | None:
+        for answer in answers:
+            return answer
+        raise OSError("the disk is full")
+
+    follower = Follower(asked, said.append, every=0.001)
+    follower.start(patience=10)
+    deadline = time.monotonic() + 10
+    while len(said) < 5 and time.monotonic() < deadline:
+        time.sleep(0.001)
+    follower.stop()
+
+    assert said[:3] == [NOT_YET, "stale", None]
+    assert "the disk is full" in str(said[3])
+    assert "the disk is full" in str(said[4])

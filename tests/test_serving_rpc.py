@@ -5,11 +5,13 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import grpc
+import httpx
 import numpy as np
 import pytest
 from release_samples import publish_sample, sigmoid_of, valid_inputs
@@ -163,6 +165,85 @@ def test_keys_guard_grpc_too(tmp_path: Path) -> None:
     assert live.live
     assert len(answer.raw_output_contents) == 1
     assert codes == ["UNAUTHENTICATED", "PERMISSION_DENIED"]
+
+
+def test_a_call_with_a_request_key_gets_one_version_of_a_canary(tmp_path: Path) -> None:
+    store = _store(tmp_path)
+    rollout = {"shadow": 1, "canary": 100000, "share": 0.5, "max_slowdown": 1000}
+    policy = {"approval": False, "rollout": rollout}
+    (store.folder / "policy.json").write_text(json.dumps(policy))
+    ready = tmp_path / "ready.json"
+    request = _request(valid_inputs(1), raw=True)
+
+    with adapter(store.folder, ready, "--grpc-port", "0") as (url, _):
+        where = json.loads(ready.read_text())
+        address = f"{where['host']}:{where['grpc_port']}"
+        newer = publish_sample(tmp_path / "registry", _IDENTITY, bias=-1.99)
+        store.install(newer, _IDENTITY.public)
+
+        def version(key: str | None) -> str:
+            metadata = {} if key is None else {"x-request-key": key}
+            answer = _call(address, "ModelInfer", request, "ModelInferResponse", **metadata)
+            return str(answer.model_version)
+
+        def stage() -> str:
+            rollout = httpx.get(f"{url}/status").json()["rollout"]
+            return str(rollout.get("tiny", {}).get("stage"))
+
+        deadline = time.monotonic() + 30
+        while stage() != "canary":
+            assert time.monotonic() < deadline
+            version(None)
+            time.sleep(0.05)
+        seen = {key: {version(key) for _ in range(4)} for key in "abcdefghijkl"}
+        over_rest = {
+            key: httpx.post(
+                f"{url}/predict", json={"age": 63}, headers={"X-Request-Key": key}
+            ).json()["model"]["version"]
+            for key in seen
+        }
+
+    assert all(len(versions) == 1 for versions in seen.values())
+    assert {min(versions) for versions in seen.values()} == {"1", "2"}
+    assert seen == {key: {str(version)} for key, version in over_rest.items()}
+
+
+@pytest.mark.e2e
+def test_mlservers_own_client_gets_every_row_right(
+    addresses: tuple[str, str], tmp_path: Path
+) -> None:
+    python = os.environ.get("FEDWARD_MLSERVER_PYTHON")
+    if python is None:
+        pytest.skip("FEDWARD_MLSERVER_PYTHON names a Python that has mlserver")
+    inputs = valid_inputs(8)
+    given, got = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    tensor = {"name": "input", "datatype": "FP32", "shape": [1, 4]}
+    lines = []
+    for number, row in enumerate(np.nan_to_num(inputs, nan=100.0)):
+        row[1], row[3] = number % 2, 1 - number % 2
+        inputs[number] = row
+        body = {"id": str(number), "inputs": [{**tensor, "data": row.tolist()}]}
+        lines.append(json.dumps(body))
+    lines.append(json.dumps({"id": "wrong", "inputs": [{**tensor, "data": [500, 0, 100, 0]}]}))
+    given.write_text("\n".join(lines) + "\n")
+    wanted = sigmoid_of(inputs)[:, 0]
+    command = [str(Path(python).with_name("mlserver")), "infer", "-u", addresses[0], "-m", "tiny"]
+
+    def infer(*options: str) -> dict[str, dict[str, Any]]:
+        paths = ["-i", str(given), "-o", str(got)]
+        done = subprocess.run(
+            [*command, *paths, *options], capture_output=True, text=True, check=False, timeout=120
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        entries = [json.loads(line) for line in got.read_text().splitlines()]
+        return {str(entry.get("id")): entry for entry in entries}
+
+    for options in (["-s", "1"], ["-s", "1", "-b"], ["-s", "4"], ["-s", "4", "-w", "3", "-b"]):
+        found = infer(*options, "-r", "1")
+        values = [found[str(number)]["outputs"][0]["data"][0] for number in range(8)]
+        np.testing.assert_allclose(values, wanted, atol=1e-6)
+        (refused,) = (entry["error"] for entry in found.values() if "error" in entry)
+        assert "18 to 120" in refused["msg"]
 
 
 @pytest.mark.e2e
