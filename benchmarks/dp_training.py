@@ -34,6 +34,7 @@ from fedward.client.training import Private, TrainingPlan, train
 from fedward.client.training.prefetch import drawing_ahead
 from fedward.client.training.session import session
 from fedward.privacy.mechanisms import NoiseSource, add_noise, secure_source, simulated_source
+from fedward.tasks.losses import cross_entropy
 
 CLIP_NORM, NOISE_MULTIPLIER, LEARNING_RATE, MOMENTUM = 1.0, 1.0, 0.05, 0.9
 EPOCH_STEPS = 4  # an epoch is this many expected batches
@@ -54,21 +55,6 @@ STEP_BARS = {
 }
 # How many times faster than Opacus' best mode, an epoch end to end.
 EPOCH_BARS = {"logistic": 6.0, "mlp": 3.0, "cnn": 1.8, "embedding": 4.0}
-
-
-def loss_of(outputs: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy, one value an example."""
-    return functional.cross_entropy(outputs, labels, reduction="none")
-
-
-_MINUS = torch.full((1, 1), -1.0)
-
-
-def _output_gradient(outputs: Tensor, labels: Tensor) -> Tensor:
-    return torch.softmax(outputs, 1).scatter_add_(1, labels[:, None], _MINUS.expand(len(labels), 1))
-
-
-loss_of.output_gradient = _output_gradient  # type: ignore[attr-defined]  # optional, see ClosedForm
 
 
 def plan_of(batch: int, *, steps: int, sample_rate: float) -> TrainingPlan:
@@ -115,7 +101,9 @@ def fedward_step(source: NoiseSource) -> Callable[[Family, int, ExitStack], Step
 
     def make(family: Family, batch: int, stack: ExitStack) -> Step:
         plan = plan_of(batch, steps=1, sample_rate=1.0)
-        work = stack.enter_context(session(family.build(), loss_of, family.examples(batch), plan))
+        work = stack.enter_context(
+            session(family.build(), cross_entropy, family.examples(batch), plan)
+        )
         ahead = drawing_ahead(source, steps=1000)  # as `train` does
         drawn = work.draw(ahead)
         return lambda: work.take(drawn, ahead)
@@ -240,7 +228,7 @@ def fedward_epoch(source: NoiseSource) -> Callable[[Family, int], Step]:
     def make(family: Family, batch: int) -> Step:
         examples, model = family.examples(batch * EPOCH_STEPS), family.build()
         plan = plan_of(batch, steps=EPOCH_STEPS, sample_rate=1 / EPOCH_STEPS)
-        return lambda: train(model, loss_of, examples, plan=plan, noise=source)
+        return lambda: train(model, cross_entropy, examples, plan=plan, noise=source)
 
     return make
 

@@ -1,11 +1,12 @@
 """A binary task on a table: one row a patient, one outcome, yes or no."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from fedward.tasks import models, preparation
+from fedward.tasks.losses import DifferentiatedLoss, binary_cross_entropy
 from fedward.tasks.metrics import (
     binary_sums,
     calibration_of,
@@ -39,6 +40,9 @@ class BinaryTabularTask:
         """What `model` can build; the first is the default."""
         return models.NAMES
 
+    # Cross-entropy of log-odds of shape `(num_examples, 1)`, one value an example.
+    loss: ClassVar[DifferentiatedLoss] = binary_cross_entropy
+
     @property
     def feature_names(self) -> tuple[str, ...]:
         """Of the prepared features, in order."""
@@ -69,14 +73,6 @@ class BinaryTabularTask:
     def model(self, name: str, **args: Any) -> "nn.Module":
         """See `models.build`."""
         return models.build(name, num_features=self.preparation(None).num_features, **args)
-
-    def loss(self, outputs: "Tensor", labels: "Tensor") -> "Tensor":
-        """Cross-entropy of log-odds of shape `(num_examples, 1)`, one value an example."""
-        from torch.nn.functional import binary_cross_entropy_with_logits
-
-        return binary_cross_entropy_with_logits(
-            outputs.reshape(-1), labels.to(outputs.dtype), reduction="none"
-        )
 
     def probabilities(self, outputs: "Tensor") -> "Tensor":
         """Of the outcome, shape `(num_examples,)`."""

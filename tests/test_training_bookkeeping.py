@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedward.client.training.bookkeeping import leaves_of, make_clipped_sum
-from fedward.client.training.clippers import BookKeeping, Clipper, ClosedForm
+from fedward.client.training.clippers import BookKeeping, Clipper
+from fedward.client.training.closed_form import ClosedForm
 from fedward.client.training.modes import choose_mode
 from fedward.client.training.opacus_modes import Ghost, PerSample
 from fedward.client.training.plan import Mode

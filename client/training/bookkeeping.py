@@ -5,6 +5,7 @@ gradients of the layers' outputs only, norms from those and the layers' inputs, 
 contraction. Opacus' modes are the oracle in the tests.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -114,8 +115,7 @@ def sums_of(
         name: part_of(leaves[name], call, records=records, memory=memory)
         for name, call in calls.items()
     }
-    squares = [part.squared_norm for part in parts.values()]
-    squared = squares[0] if len(squares) == 1 else torch.stack(squares).sum(0)
+    squared = functools.reduce(torch.add, [part.squared_norm for part in parts.values()])
     # Whoever brings memory looks at the norms afterwards (`sanitised`).
     factors = (
         clipping_factors(squared, clip_norm)

@@ -3,6 +3,7 @@
 Every mode is a `Clipper`. They agree to rounding; they differ in cost.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,16 +12,10 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from fedward.client.training.bookkeeping import (
-    STABILITY,
-    Captured,
-    leaves_of,
-    sums_of,
-)
-from fedward.client.training.leaves import learns
+from fedward.client.training.bookkeeping import Captured, leaves_of, sums_of
 from fedward.client.training.parts import Loss, Memory
 from fedward.client.training.sampler import Batch
-from fedward.client.training.stack import Stack, derivative_of, stacked
+from fedward.client.training.stack import Stack, stacked
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +98,8 @@ class BookKeeping:
         if leaves is None:
             raise ValueError("book-keeping does not fit this model; use mode='hooks'")
         self._leaves = leaves
-        self._total = torch.zeros_like(torch.cat([p.detach().reshape(-1) for p in trained]))
         sizes = [p.numel() for p in trained]
+        self._total = trained[0].detach().new_zeros(sum(sizes))
         places = {
             id(p): view.view(p.shape)
             for p, view in zip(trained, torch.split(self._total, sizes), strict=True)
@@ -119,7 +114,8 @@ class BookKeeping:
         }
         self._memory = Memory()
         self._stack = Stack(model, loss, leaves, self._memory) if stacked(model, leaves) else None
-        self._captured = Captured(model, loss, leaves)
+        self._capture = functools.partial(Captured, model, loss, leaves)
+        self._captured: Captured | None = None
 
     def __call__(self, batch: Batch, *, clip_norm: float) -> Clipped:
         """As `Clipper`."""
@@ -131,8 +127,13 @@ class BookKeeping:
         return sanitised(batch, run, size=self._total.numel())
 
     def _run(self, batch: Batch, clip_norm: float) -> tuple[Tensor, Tensor]:
-        stack = self._stack
-        passes = stack if stack is not None and stack.fits(batch.features) else self._captured
+        passes: Stack | Captured
+        if self._stack is not None and self._stack.fits(batch.features):
+            passes = self._stack
+        else:
+            if self._captured is None:  # hooks cost something where nobody needs them
+                self._captured = self._capture()
+            passes = self._captured
         calls = passes.run(batch.features, batch.labels, batch.mask)
         _, squared = sums_of(
             self._leaves,
@@ -149,78 +150,8 @@ class BookKeeping:
 
     def close(self) -> None:
         """Take the hooks off the model."""
-        self._captured.close()
-
-
-class ClosedForm:
-    """A linear model: the gradient of a record is an outer product; no autograd in the model.
-
-    Raises:
-        ValueError: The model is not one linear layer.
-    """
-
-    def __init__(self, model: nn.Module, loss: Loss, trained: Sequence[nn.Parameter]) -> None:
-        layer = linear_of(model)
-        if layer is None:
-            raise ValueError("closed form is for models that are one nn.Linear")
-        if not layer.weight.requires_grad:
-            raise ValueError("closed form trains the weight")
-        self._layer = layer
-        self._biased = learns(layer, "bias")
-        self._derivative = derivative_of(loss)
-        # Every operation counts in a step that takes a tenth of a millisecond: sums go to the
-        # places of weight and bias in one vector.
-        self._total = torch.zeros_like(torch.cat([p.detach().reshape(-1) for p in trained]))
-        size = layer.weight.numel()
-        self._weight = self._total[:size].view(layer.weight.shape)
-        self._bias = self._total[size:]
-
-    def __call__(self, batch: Batch, *, clip_norm: float) -> Clipped:
-        """As `Clipper`."""
-
-        def run(given: Batch) -> tuple[Tensor, Tensor]:
-            with torch.no_grad():
-                return self._run(given, clip_norm)
-
-        return sanitised(batch, run, size=self._total.numel())
-
-    def _run(self, batch: Batch, clip_norm: float) -> tuple[Tensor, Tensor]:
-        layer, a = self._layer, batch.features
-        if a.dim() > 2:  # noqa: PLR2004 (rows, columns)
-            a = a.flatten(1)
-        d = self._derivative(nn.functional.linear(a, layer.weight, layer.bias), batch.labels)
-        if batch.mask is not None:
-            d = d * batch.mask[:, None]
-        if batch.records > 1:
-            return self._patients(a, d, batch.records, clip_norm)
-        length = torch.linalg.vecdot(a, a)
-        if self._biased:
-            length += 1
-        squared = torch.linalg.vecdot(d, d).mul_(length)
-        # min(1, C / (norm + 1e-6)) is C / max(norm + 1e-6, C).
-        d = d / squared.sqrt().add_(STABILITY).clamp_(min=clip_norm)[:, None]
-        torch.addmm(self._weight, d.t(), a, beta=0, alpha=clip_norm, out=self._weight)
-        if self._biased:
-            torch.sum(d, 0, out=self._bias).mul_(clip_norm)
-        return self._total, squared
-
-    def _patients(
-        self, a: Tensor, d: Tensor, records: int, clip_norm: float
-    ) -> tuple[Tensor, Tensor]:
-        patients = len(a) // records
-        a, d = a.view(patients, records, -1), d.view(patients, records, -1)
-        weight, bias = d.transpose(1, 2) @ a, d.sum(1)
-        squared = weight.square().sum((1, 2))
-        if self._biased:
-            squared += bias.square().sum(1)
-        factors = clip_norm / (squared.sqrt() + STABILITY).clamp(min=clip_norm)
-        self._weight.copy_((factors @ weight.flatten(1)).view(weight.shape[1:]))
-        if self._biased:
-            self._bias.copy_(factors @ bias)
-        return self._total, squared
-
-    def close(self) -> None:
-        """Nothing was put on the model."""
+        if self._captured is not None:
+            self._captured.close()
 
 
 class Plain:
@@ -251,17 +182,6 @@ class Plain:
 
     def close(self) -> None:
         """Nothing was put on the model."""
-
-
-def linear_of(model: nn.Module) -> nn.Linear | None:
-    """The layer of a model that is one linear layer and nothing else, or None."""
-    if type(model) is nn.Linear:
-        return model
-    if type(model) is nn.Sequential:
-        inner = [m for m in model if type(m) not in (nn.Identity, nn.Flatten)]
-        if len(inner) == 1 and type(inner[0]) is nn.Linear:
-            return inner[0]
-    return None
 
 
 def _finite(values: Tensor) -> bool:

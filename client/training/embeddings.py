@@ -26,7 +26,8 @@ def embedding(
     outputs = [by_patient(d.reshape(len(d), -1, layer.embedding_dim), records) for _, d in calls]
     tokens = inputs[0] if len(calls) == 1 else torch.cat(inputs, 1)
     d = outputs[0] if len(calls) == 1 else torch.cat(outputs, 1)
-    squared = (_fixed_shapes if memory is None else _repeats_apart)(tokens, d, layer.padding_idx)
+    pure = memory is None or not d.is_cpu or d.dtype != torch.float32
+    squared = (_fixed_shapes if pure else _repeats_apart)(tokens, d, layer.padding_idx)
 
     def weighted(factors: Tensor, into: Into) -> Sums:
         total = (
@@ -64,34 +65,29 @@ def _fixed_shapes(tokens: Tensor, d: Tensor, padding: int | None) -> Tensor:
 
 
 def _repeats_apart(tokens: Tensor, d: Tensor, padding: int | None) -> Tensor:
-    """The same, where rows are added up for those tokens alone that a patient has repeatedly."""
-    lengths: Tensor = torch.linalg.vector_norm(d, dim=2).square_()
+    """The same on a CPU: rows are added up for those tokens alone that a patient has repeatedly."""
+    lengths = torch.linalg.vector_norm(d, dim=2).square_().numpy()
+    patients, positions = lengths.shape
     if padding is not None:
-        lengths.masked_fill_(tokens == padding, 0)
-    order = _order(tokens)
-    ordered = tokens.gather(1, order)
-    equal = ordered[:, 1:] == ordered[:, :-1]
+        lengths[tokens.numpy() == padding] = 0
+    # Token and position in one number: sorting that alone gives both.
+    key = tokens.numpy().astype(np.int64) * positions
+    key += np.arange(positions)
+    key.sort(axis=1)
+    ordered = key // positions
+    equal = np.zeros((patients, positions), dtype=np.bool_)  # to the one before
+    np.equal(ordered[:, 1:], ordered[:, :-1], out=equal[:, 1:])
     if padding is not None:
-        equal &= ordered[:, 1:] != padding
-    repeated = torch.zeros_like(tokens, dtype=torch.bool)
-    repeated[:, 1:] = equal
-    repeated[:, :-1] |= equal
-    patient, rank = repeated.nonzero(as_tuple=True)
-    if not len(patient):
-        return lengths.sum(1)
-    place = order[patient, rank]
-    lengths[patient, place] = 0
-    # A run of equal tokens starts where the one before differs.
-    starts = torch.ones_like(rank, dtype=torch.bool)
-    starts[rank > 0] = ~equal[patient[rank > 0], rank[rank > 0] - 1]
-    run = starts.cumsum(0) - 1
-    first = patient[starts]
-    sums = d.new_zeros((len(first), d.shape[2])).index_add_(0, run, d[patient, place])
-    squared: Tensor = lengths.sum(1).index_add_(0, first, squared_norms(sums))
-    return squared
-
-
-def _order(tokens: Tensor) -> Tensor:
-    if tokens.device.type == "cpu":  # NumPy sorts short rows three times as fast
-        return torch.from_numpy(np.argsort(tokens.numpy(), axis=1))
-    return tokens.argsort(dim=1)
+        equal &= ordered != padding
+    if equal.any():
+        member = equal.copy()
+        member[:, :-1] |= equal[:, 1:]
+        at = np.flatnonzero(member)
+        first = np.flatnonzero(~equal.reshape(-1)[at])  # runs of equal tokens stand together
+        patient = at // positions
+        row = patient * positions + key.reshape(-1)[at] % positions
+        sums = np.add.reduceat(d.numpy().reshape(-1, d.shape[2])[row], first, axis=0)
+        lengths.reshape(-1)[row] = 0
+        with np.errstate(all="ignore"):  # what is not finite shows in the norm
+            np.add.at(lengths[:, 0], patient[first], np.vecdot(sums, sums))
+    return torch.from_numpy(lengths.sum(1))

@@ -29,6 +29,7 @@ from fedward.client.training.parts import (
     by_patient,
     room,
     squared_norms,
+    squared_rows,
     stored,
     sum_records,
     weigh,
@@ -94,7 +95,7 @@ def _linear(layer: nn.Linear, calls: Sequence[Call], records: int, memory: Memor
     trained = learns(layer, "weight")
     biased = learns(layer, "bias")
     if len(calls) == 1 and records == 1 and calls[0][1].dim() == 2:  # noqa: PLR2004 (rows, columns)
-        return _linear_once(*calls[0], trained=trained, biased=biased)
+        return _linear_once(layer, *calls[0], memory)
     a, d = _positions(calls, records)
     squared: Tensor | float = 0.0
     gradients: Tensor | None = None
@@ -131,15 +132,16 @@ def _linear(layer: nn.Linear, calls: Sequence[Call], records: int, memory: Memor
     return Part(_as_tensor(squared, d), weighted)
 
 
-def _linear_once(a: Tensor, d: Tensor, *, trained: bool, biased: bool) -> Part:
+def _linear_once(layer: nn.Linear, a: Tensor, d: Tensor, memory: Memory | None) -> Part:
     """The gradient of a row is the outer product of `d` and `a`."""
-    squared = squared_norms(d)
+    trained, biased = learns(layer, "weight"), learns(layer, "bias")
+    squared = squared_rows(d, memory)
     if trained:
-        length = squared_norms(a)
+        length = squared_rows(a, memory)
         squared = squared * (length + 1 if biased else length)
 
     def weighted(factors: Tensor, into: Into) -> Sums:
-        scaled = d * factors[:, None]
+        scaled = torch.mul(d, factors[:, None], out=room(memory, (layer, "scaled"), d.shape, d))
         sums = {}
         if trained:
             sums["weight"] = torch.mm(scaled.t(), a, out=at(into, "weight"))

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from torch import nn
 
 from fedward.client.training.bookkeeping import leaves_of
-from fedward.client.training.clippers import BookKeeping, Clipper, ClosedForm, linear_of
+from fedward.client.training.clippers import BookKeeping, Clipper
+from fedward.client.training.closed_form import ClosedForm, linear_of
 from fedward.client.training.parts import Loss
 from fedward.client.training.plan import Mode
 
@@ -55,10 +56,10 @@ def make_clipper(
     Raises:
         ValueError: The mode does not fit the model, or the model mixes records.
     """
+    if mode == "closed-form":
+        return ClosedForm(model, loss, trained)  # one linear layer mixes no records
     validate(model)
     match mode:
-        case "closed-form":
-            return ClosedForm(model, loss, trained)
         case "book-keeping":
             return BookKeeping(model, loss, trained)
         case "ghost":
@@ -69,7 +70,7 @@ def make_clipper(
             from fedward.client.training.opacus_modes import PerSample
 
             return PerSample(model, loss, trained, kind=mode)
-        case "auto":
+        case _:
             raise ValueError("choose a mode first; see choose_mode")
 
 

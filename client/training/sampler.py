@@ -96,6 +96,10 @@ class PoissonSampler:
             )
         self._features = _tensor(features).to(device)
         self._labels = _tensor(labels).to(device)
+        # Where they are arrays they stay ones: NumPy's call costs a third of torch's.
+        self._arrays = (
+            (self._features.numpy(), self._labels.numpy()) if self._features.is_cpu else None
+        )
         self._rate = sample_rate
         self.num_units = int(units.max()) + 1 if len(units) else 0
         self._single = bool(np.array_equal(units, np.arange(len(units))))
@@ -151,16 +155,17 @@ class PoissonSampler:
     def draw(self, noise: NoiseSource) -> Batch:
         """The records of those who take part in the next step."""
         chosen, present = self.choose(noise)
-        rows = torch.from_numpy(chosen).to(self._features.device)
         mask = None
         if present is not None:
             mask = torch.from_numpy(present.astype(np.float32)).to(self._features.device)
-        return Batch(
-            self._features.index_select(0, rows),
-            self._labels.index_select(0, rows),
-            mask,
-            self.records,
-        )
+        if self._arrays is not None:
+            features = torch.from_numpy(self._arrays[0].take(chosen, 0))
+            labels = torch.from_numpy(self._arrays[1].take(chosen, 0))
+        else:
+            rows = torch.from_numpy(chosen).to(self._features.device)
+            features = self._features.index_select(0, rows)
+            labels = self._labels.index_select(0, rows)
+        return Batch(features, labels, mask, self.records)
 
 
 def _tensor(array: NDArray[np.generic]) -> Tensor:

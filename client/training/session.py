@@ -92,9 +92,14 @@ class Session:
 
         Neither is private yet.
         """
+        adaptive = isinstance(self._plan.guarantee, Private) and self._plan.guarantee.adaptive
+        patients = batch.patients
+        if 0 < patients <= self._at_once and not adaptive:
+            clipped = self._clipper(batch, clip_norm=self.clip_norm)
+            self.sanitised += clipped.sanitised
+            return clipped.total, 0
         total: Tensor | None = None
         within = 0
-        adaptive = isinstance(self._plan.guarantee, Private) and self._plan.guarantee.adaptive
         for part in self._parts(batch):
             clipped = self._clipper(part, clip_norm=self.clip_norm)
             self.sanitised += clipped.sanitised
