@@ -181,6 +181,22 @@ def test_clipped_sums_are_those_of_the_definition(family: str, records: int) -> 
     assert int(within.sum()) == (batch.patients - 1) // 2  # those below the median
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_linear_model_adds_up_the_same_in_large_batches_as_in_small_ones(bias: bool) -> None:
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn((4400, 10), generator=generator)  # more than NumPy is given
+    batch = Batch(x, torch.arange(4400) % 3, None, 1)
+    model = nn.Linear(10, 3, bias=bias)
+    clipper = ClosedForm(model, cross_entropy, list(model.parameters()))
+
+    small = torch.zeros(sum(p.numel() for p in model.parameters()), dtype=torch.float64)
+    for at in range(0, 4400, 400):
+        small += clipper(batch.part(at, at + 400), clip_norm=0.8).total
+    large = clipper(batch, clip_norm=0.8).total.double()
+
+    torch.testing.assert_close(small, large, atol=1e-3, rtol=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["hooks", "functorch", "ghost"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_clipped_sums_are_those_of_opacus(family: str, kind: Mode) -> None:

@@ -240,6 +240,24 @@ def test_optimizers_are_those_of_torch(optimizer: Optimizer) -> None:
     torch.testing.assert_close(ours, theirs.detach(), atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("size", [50, 5000])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_sgd_of_any_size_is_that_of_torch(size: int, momentum: float) -> None:
+    rng = np.random.default_rng(0)
+    ours = torch.from_numpy(rng.standard_normal(size).astype(np.float32))
+    theirs = nn.Parameter(ours.clone())
+    rule = FlatOptimizer(ours, optimizer="sgd", momentum=momentum, weight_decay=0.0)
+    oracle = torch.optim.SGD([theirs], lr=0.05, momentum=momentum)
+
+    for _ in range(20):
+        gradient = torch.from_numpy(rng.standard_normal(size).astype(np.float32))
+        theirs.grad = gradient / 48
+        oracle.step()
+        rule.step(gradient, learning_rate=0.05, scale=1 / 48)
+
+    torch.testing.assert_close(ours, theirs.detach(), atol=1e-6, rtol=1e-6)
+
+
 def test_without_privacy_a_step_is_plain_gradient_descent() -> None:
     examples = examples_of(rows=30)
     plan = plan_of(guarantee=NotPrivate(), sample_rate=1.0, steps=1, expected_batch_size=30.0)
