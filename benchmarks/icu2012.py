@@ -36,8 +36,21 @@ RANGES = {
     "Temp_max": (37.8, 0.8),
     "Urine_mean": (110.0, 90.0),
 }
+# Known at the bedside for what they say of the risk of death (SAPS II, APACHE, SOFA), one of each
+# kind: so little budget does not pay for more. Compared with three other such lists, and with all.
+FEW = (
+    "Age",
+    "GCS_last",
+    "BUN_last",
+    "Urine_mean",
+    "Lactate_max",
+    "HR_last",
+    "RespRate_last",
+    "unit 2",
+)
 MISSING = -1.0
-NUM_FEATURES = len(RANGES) + 4  # ventilated, and three of four types of unit
+NAMES = (*RANGES, "ventilated", "unit 1", "unit 2", "unit 3")  # and no column for unit 4
+NUM_FEATURES = len(NAMES)
 NUM_SITES = 4
 
 
