@@ -2,10 +2,9 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -87,8 +86,7 @@ def _read_study(text: str) -> Study:
     return build(json.loads(text), Study, file="study of the coordinator")
 
 
-@dataclass(frozen=True, slots=True)
-class Round:
+class Round(NamedTuple):
     """A round that a site has begun: all is checked and paid for, and nothing is trained yet.
 
     Attributes:
@@ -170,7 +168,7 @@ def _pay(
     masked: MaskedRound | None,
 ) -> Round:
     """Reserve the price of a private round, unless what was paid for before is sent again."""
-    study, begin = admitted.study, partial(Round, admitted, parameters, number, masked=masked)
+    study = admitted.study
     asked = site.fingerprint(parameters)
     budget = site.budget(admitted)
     kept = site.outbox(study).newest()
@@ -178,22 +176,25 @@ def _pay(
     if kept is not None and (kept.round_number, kept.asked) == (number, asked):
         sent = digest(kept.update.tobytes())
         if sent == settled:
-            return begin(again=kept.update)
+            return Round(admitted, parameters, number, again=kept.update, masked=masked)
         unsettled = budget.begun(number)
         if unsettled is not None:
-            return begin(reservation=unsettled, again=kept.update)
-    stopped = budget.begun(number) if settled is None else None
+            return Round(
+                admitted, parameters, number, "", unsettled, again=kept.update, masked=masked
+            )
+    stopped = None if settled is not None or site.simulated else budget.begun(number)
     if stopped is not None:
         progress = site.progress(study, stopped, parameters)
         if progress is not None and progress.newest() is not None:
             # The same training goes on; had it been lost, another would have to be paid for.
-            return begin(asked=asked, reservation=stopped)
+            return Round(admitted, parameters, number, asked, stopped, masked=masked)
     if settled is not None:
         if site.simulated:
             # The seed gives the same bytes again, so that nothing need be kept of them.
-            return begin(expected=settled)
+            return Round(admitted, parameters, number, expected=settled, masked=masked)
         raise UpdateRejected(site="coordinator", reason=_ANSWERED.format(number))
-    return begin(asked=asked, reservation=budget.reserve_round(number))
+    reservation = budget.reserve_round(number)
+    return Round(admitted, parameters, number, asked, reservation, masked=masked)
 
 
 def finish_round(site: LocalSite, begun: Round, update: Vector) -> Payload:

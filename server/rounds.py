@@ -1,5 +1,6 @@
 """The round loop: admit, train round by round, evaluate, publish."""
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -271,6 +272,7 @@ def _read_update(member: Member, reply: Reply, round_number: int, state: State) 
     update = arrays.get("update")
     if update is None or update.dtype != np.float32 or update.shape != state.parameters.shape:
         raise UpdateRejected(site=member.site, reason="its update has another type or shape")
-    if not np.isfinite(update).all():
+    # Where the sum of squares is finite, so is every part: one pass, and no array of booleans.
+    if not (math.isfinite(np.dot(update, update)) or np.isfinite(update).all()):
         raise UpdateRejected(site=member.site, reason="its update is not finite")
     return update

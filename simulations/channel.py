@@ -143,8 +143,9 @@ class CohortChannel:
             Turn(self._numbers[node], partial(sources.of, place))
             for place, node in enumerate(begun)
         ]
-        yield from self._cohort.train(first.parameters, turns)
+        updates = list(self._cohort.train(first.parameters, turns))
         self._spent = sources.spent()
+        yield from updates
 
 
 class _Sources:

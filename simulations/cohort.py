@@ -8,6 +8,7 @@ padded, and rows that pad are masked. The two paths agree up to the rounding of 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from fedward.client.training.prefetch import drawing_ahead
 from fedward.client.training.sampler import Batch, PoissonSampler
 from fedward.privacy.mechanisms.noise import NoiseSource
 from fedward.privacy.mechanisms.rows import add_noise_to_rows
+from fedward.privacy.mechanisms.sources import SimulatedSource
 from fedward.simulations.stacked import StackedBatch, StackedSum, make_stacked_sum
 from fedward.strategies.strategy import Vector
 from fedward.tasks.task import Examples
@@ -43,8 +45,7 @@ class CohortSite:
     plan: TrainingPlan
 
 
-@dataclass(frozen=True, slots=True)
-class Turn:
+class Turn(NamedTuple):
     """One site's part of a round.
 
     Attributes:
@@ -94,6 +95,12 @@ class Cohort:
             )
             for site in sites
         ]
+        self._patients = np.array([sampler.num_units for sampler in self._samplers])
+        self._rates = np.array([plan.sample_rate for plan in self._plans])
+        self._one_row = all(
+            np.array_equal(site.examples.units, np.arange(len(site.examples.units)))
+            for site in sites
+        )
         self._records = max(sampler.records for sampler in self._samplers)
         self._starts = np.cumsum([0] + [len(site.examples.labels) for site in sites])
         self._padding = int(self._starts[-1])  # one row of zeros after all others
@@ -222,6 +229,8 @@ class Cohort:
         self, turns: Sequence[Turn], sources: Sequence[NoiseSource] | None
     ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """Rows of the pile, shape `(sites, rows)`, and which of them count."""
+        if sources is not None and self._one_row:
+            return self._choose_patients(turns, sources)
         chosen: list[tuple[NDArray[np.int64], NDArray[np.bool_] | None]]
         if sources is None:
             chosen = [(self._samplers[turn.site].everyone(), None) for turn in turns]
@@ -245,6 +254,26 @@ class Cohort:
             counted = np.ones(1, np.bool_) if present is None else present
             mask[number, :patients, :records] = counted.reshape(-1, records)
         return index.reshape(len(turns), -1), mask.reshape(len(turns), -1)
+
+    def _choose_patients(
+        self, turns: Sequence[Turn], sources: Sequence[NoiseSource]
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """As `_choose` where each patient is one row: in a few operations for all sites."""
+        places = [turn.site for turn in turns]
+        patients = self._patients[places]
+        drawn = np.ones((len(turns), int(patients.max())))
+        for row, number, source in zip(drawn, patients.tolist(), sources, strict=False):
+            if isinstance(source, SimulatedSource):
+                source.fill_uniform(row[:number])
+            else:
+                row[:number] = source.uniform(number)
+        chosen = drawn < self._rates[places, None]  # beyond a site's patients there are ones
+        counts = chosen.sum(1)
+        index = np.full((len(turns), counts.max()), self._padding, np.int64)
+        present = np.arange(index.shape[1]) < counts[:, None]
+        rows = np.arange(drawn.shape[1]) + self._starts[places, None]
+        index[present] = rows[chosen]
+        return index, present.astype(np.float32)
 
     def _noised(
         self, total: Tensor, plans: Sequence[TrainingPlan], sources: Sequence[NoiseSource]

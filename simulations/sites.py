@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
+from fedward.client.budget import Budget
 from fedward.client.local_site import Admitted, LocalSite, simulated_split_key
 from fedward.client.outbox import Keeper, Kept
 from fedward.client.plan import training_plan
@@ -74,6 +75,7 @@ class MemorySite(SimulatedSite):
     ) -> None:
         self._shared = shared
         self._outboxes: dict[str, MemoryOutbox] = {}
+        self._budget: Budget | None = None
         self._rounds: dict[str, tuple[PoissonSampler, TrainingPlan]] = {}
         super().__init__(file, scenario, site=site)
         self._sizes = shared.sizes
@@ -136,9 +138,16 @@ class MemorySite(SimulatedSite):
             )
         return found
 
-    def outbox(self, study: Study) -> Keeper:
+    def budget(self, admitted: Admitted) -> Budget:
+        """As a site's, made once."""
+        known = self._budget
+        if known is None or known.study is not admitted.study:
+            known = self._budget = super().budget(admitted)
+        return known
+
+    def outbox(self, study: Study) -> Keeper:  # noqa: ARG002 (a site's own depends on it)
         """Keeps nothing of a round: the seed gives the same update again."""
-        return self._outboxes.setdefault(study.hash, MemoryOutbox(keeps=False))
+        return _EMPTY
 
     def metrics_outbox(self, study: Study) -> Keeper:
         """The outbox of the study's one release of metrics."""
@@ -197,6 +206,9 @@ class MemoryOutbox:
     def newest(self) -> Kept | None:
         """What was kept last."""
         return self._kept
+
+
+_EMPTY = MemoryOutbox(keeps=False)
 
 
 class _Trainers(threading.local):

@@ -1,5 +1,6 @@
 """What a strategy is: a frozen value with pure methods over flat vectors."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
@@ -36,7 +37,7 @@ class State:
         """
         if update.shape != self.parameters.shape:
             raise ValueError(f"update has shape {update.shape}, not {self.parameters.shape}")
-        if not (weight > 0 and np.isfinite(weight)):
+        if not (weight > 0 and math.isfinite(weight)):
             raise ValueError(f"weight {weight} is not positive and finite")
         total = np.zeros(update.shape) if self.total is None else self.total
         total += weight * update.astype(np.float64)

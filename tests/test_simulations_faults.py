@@ -1,7 +1,9 @@
 """Processes that fail, sites with files of their own, attackers that poison their data."""
 
+import sqlite3
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,10 @@ import pytest
 from studies import EPSILON_4, write_study
 from test_simulate import model_of
 
+from fedward.core.errors import LedgerCorrupt, RunError
 from fedward.core.study import Malicious, SimulationSection
 from fedward.privacy.accounting import dp_sgd_event
-from fedward.privacy.ledger.simulated import SimulatedLedgers
+from fedward.privacy.ledger.simulated import SimulatedLedgers, take_out
 from fedward.server.channel import Reply
 from fedward.simulations.faults import RetryingChannel
 from fedward.simulations.partitions.picture import sites_by_class
@@ -116,6 +119,42 @@ def test_books_in_one_file_are_gone_on_from_whether_it_was_closed_or_not(
         assert ledger.unsettled(study=STUDY, round_number=4) is not None
     again.save()
     again.shut()
+
+
+def test_books_that_another_version_left_are_refused_with_what_to_do(tmp_path: Path) -> None:
+    file = tmp_path / "ledgers.sqlite"
+    with closing(sqlite3.connect(file)) as database:  # as Fedward 0.1 had it
+        database.execute("CREATE TABLE sites (name TEXT PRIMARY KEY, key BLOB NOT NULL) STRICT")
+        database.execute("CREATE TABLE entries (site TEXT NOT NULL, seq INTEGER NOT NULL) STRICT")
+        database.commit()
+    before = file.read_bytes()
+
+    with pytest.raises(RunError, match=r"another version of Fedward .*begin the run anew"):
+        SimulatedLedgers(file)
+    with pytest.raises(RunError, match="another version"):
+        take_out(file, "one", state=tmp_path / "state")
+
+    assert file.read_bytes() == before
+
+
+@pytest.mark.parametrize("damage", ["not a database", "an entry cut short", "an unknown kind"])
+def test_books_that_make_no_sense_are_refused(tmp_path: Path, damage: str) -> None:
+    file = tmp_path / "ledgers.sqlite"
+    if damage == "not a database":
+        file.write_bytes(b"not a database" * 100)
+    else:
+        ledgers = SimulatedLedgers(file)
+        ledgers.open("one")
+        ledgers.save()
+        ledgers.shut()
+        with closing(sqlite3.connect(file)) as database:
+            (page,) = database.execute("SELECT entries FROM pages").fetchone()
+            page = page[:-20] if damage == "an entry cut short" else page.replace("genesis", "x")
+            database.execute("UPDATE pages SET entries = ?", (page,))
+            database.commit()
+
+    with pytest.raises(LedgerCorrupt):
+        SimulatedLedgers(file)
 
 
 def test_a_site_that_flips_labels_trains_on_the_other_class() -> None:

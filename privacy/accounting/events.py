@@ -27,8 +27,10 @@ Kind = Literal["gaussian", "poisson-gaussian", "zcdp"]
 _MAX_COUNT = 10**9
 _MAX_DEPTH = 8
 _MARSHAL = 2  # the last version in which equal values have equal bytes
-_MOST_WRITTEN = 4096
+_MOST_REMEMBERED = 4096
 _written: "dict[bytes, Leaves]" = {}
+_events: "dict[int, _Known]" = {}  # by the event's id
+_shared: "dict[int, _Known]" = {}  # by the id of its JSON
 
 
 class Leaf(NamedTuple):
@@ -46,6 +48,8 @@ class Leaf(NamedTuple):
 Leaves = Counter[Leaf]
 """Which mechanisms ran, and how often: all that the price of a composition depends on."""
 
+_Known: TypeAlias = tuple[DpEvent, Leaves, dict[str, Any]]
+
 
 def gaussian_event(noise_multiplier: float) -> DpEvent:
     """One release of a sum with Gaussian noise.
@@ -62,6 +66,8 @@ def gaussian_event(noise_multiplier: float) -> DpEvent:
     return dp_event.GaussianDpEvent(float(noise_multiplier))
 
 
+# Sites ask for the same event in every round, and an event never changes.
+@lru_cache(maxsize=4096, typed=True)
 def dp_sgd_event(*, noise_multiplier: float, sample_rate: float, steps: int) -> DpEvent:
     """`steps` steps of DP-SGD: Poisson sampling, clipping, Gaussian noise.
 
@@ -75,21 +81,12 @@ def dp_sgd_event(*, noise_multiplier: float, sample_rate: float, steps: int) -> 
     Raises:
         ValueError: An argument is outside its range.
     """
-    _positive("noise_multiplier", noise_multiplier)
-    _rate(sample_rate)
-    _count(steps)
-    return _dp_sgd(float(noise_multiplier), float(sample_rate), int(steps))
-
-
-# Sites ask for the same event in every round, and an event never changes.
-@lru_cache(maxsize=4096)
-def _dp_sgd(noise_multiplier: float, sample_rate: float, steps: int) -> DpEvent:
     from dp_accounting import dp_event
 
-    step = dp_event.GaussianDpEvent(noise_multiplier)
-    if sample_rate < 1:
-        step = dp_event.PoissonSampledDpEvent(sample_rate, step)
-    return dp_event.SelfComposedDpEvent(step, steps)
+    step = dp_event.GaussianDpEvent(_positive("noise_multiplier", noise_multiplier))
+    if _rate(sample_rate) < 1:
+        step = dp_event.PoissonSampledDpEvent(float(sample_rate), step)
+    return dp_event.SelfComposedDpEvent(step, int(_count(steps)))
 
 
 def adaptive_clipping_event(
@@ -170,10 +167,7 @@ def leaves(event: DpEvent) -> Leaves:
 
 def shared_leaves(event: DpEvent) -> Leaves:
     """`leaves(event)`, remembered. Not to be changed: who asks again gets the same."""
-    try:
-        return _known_leaves(event)
-    except TypeError:  # a composition holds a list, which has no hash
-        return _found_leaves(event)
+    return _known(event)[1]
 
 
 def shared_json(event: DpEvent) -> dict[str, Any]:
@@ -181,10 +175,25 @@ def shared_json(event: DpEvent) -> dict[str, Any]:
 
     Not to be changed: who asks again gets the same.
     """
+    return _known(event)[2]
+
+
+def _known(event: DpEvent) -> _Known:
+    """What is remembered of an event, by object: to hash it takes longer than all else."""
+    known = _events.get(id(event))
+    if known is not None and known[0] is event:
+        return known
+    known = event, _found_leaves(event), event_to_json(event)
     try:
-        return _known_json(event)
-    except TypeError:
-        return event_to_json(event)
+        hash(event)
+    except TypeError:  # a composition holds a list, which may change
+        return known
+    if len(_events) >= _MOST_REMEMBERED:
+        _events.clear()
+        _shared.clear()
+    _events[id(event)] = known
+    _shared[id(known[2])] = known
+    return known
 
 
 def leaves_from_json(value: Any) -> Leaves:
@@ -195,12 +204,15 @@ def leaves_from_json(value: Any) -> Leaves:
     Raises:
         ValueError: As those.
     """
+    known = _shared.get(id(value))
+    if known is not None and known[2] is value:
+        return known[1]
     try:
         key = marshal.dumps(value, _MARSHAL)
     except ValueError:  # not JSON, which is refused below
         return leaves(event_from_json(value))
     if key not in _written:
-        if len(_written) >= _MOST_WRITTEN:
+        if len(_written) >= _MOST_REMEMBERED:
             _written.clear()
         _written[key] = leaves(event_from_json(value))
     return _written[key]
@@ -210,10 +222,6 @@ def _found_leaves(event: DpEvent) -> Leaves:
     found: Leaves = Counter()
     _collect(event, 1, found, 0)
     return found
-
-
-# What was counted is copied before anybody may change it.
-_known_leaves = lru_cache(maxsize=4096)(_found_leaves)
 
 
 def event_of(counted: Mapping[Leaf, int]) -> DpEvent:
@@ -266,9 +274,6 @@ def event_to_json(event: DpEvent) -> dict[str, Any]:
     if isinstance(event, dp_event.ComposedDpEvent):
         return {"event": "composed", "of": [event_to_json(part) for part in event.events]}
     raise ValueError(f"no price is known for a {type(event).__name__}")
-
-
-_known_json = lru_cache(maxsize=4096)(event_to_json)
 
 
 def event_from_json(value: Any) -> DpEvent:

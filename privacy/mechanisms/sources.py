@@ -155,6 +155,17 @@ class SimulatedSource:
         drawn *= _std(std)
         return drawn
 
+    def fill_gaussian(self, out: NDArray[np.float64], *, std: float) -> None:
+        """Overwrite `out`, shape `(size,)`, contiguous, with what `gaussian` would give."""
+        with self._lock:
+            self._generator.standard_normal(out=out)
+        out *= _std(std)
+
+    def fill_uniform(self, out: NDArray[np.float64]) -> None:
+        """Overwrite `out`, shape `(size,)`, contiguous, with what `uniform` would give."""
+        with self._lock:
+            self._generator.random(out=out)
+
 
 _NO_WORDS = np.zeros(4, np.uint64)
 _PHILOX = {
