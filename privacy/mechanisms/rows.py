@@ -6,7 +6,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedward.privacy.mechanisms.noise import (
-    RESOLUTION,
     NoiseSource,
     add_noise,
     draw_steps,
@@ -14,6 +13,7 @@ from fedward.privacy.mechanisms.noise import (
     noise_step,
     steps_per_unit,
 )
+from fedward.privacy.mechanisms.normal import RESOLUTION
 from fedward.privacy.mechanisms.sources import SimulatedSource
 
 
