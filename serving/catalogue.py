@@ -2,14 +2,14 @@
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedward.core.fields import ModelSignature
-from fedward.serving.drift import DriftMonitor, parse_monitor
+from fedward.serving.drift import DriftMonitor, Histogram, parse_monitor
 from fedward.serving.engine import Engine
 from fedward.serving.explain import reference_input
 from fedward.serving.guard import Guard
@@ -27,6 +27,7 @@ class Live:
         privacy: What its release says of privacy.
         drift: Watches its inputs and answers.
         reference: What its explanations are relative to.
+        histograms: Its release's reference, by field; empty without one.
         trial: The trial that it is in, if it is in one.
         starts: By caller, how a line of the audit log on one row begins.
     """
@@ -36,6 +37,7 @@ class Live:
     privacy: str
     drift: DriftMonitor
     reference: NDArray[np.float32]
+    histograms: Mapping[str, Histogram]
     trial: Trial | None = None
     starts: dict[str, str] = field(default_factory=dict)
 
@@ -150,4 +152,5 @@ def _live(engine: Engine) -> Live:
         privacy=str(engine.release.privacy["statement"]),
         drift=DriftMonitor(signature, histograms),
         reference=reference_input(signature, histograms),
+        histograms=histograms,
     )

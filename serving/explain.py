@@ -11,7 +11,7 @@ them, a patient of whom nothing is known but the required fields, at the middle 
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,8 +21,13 @@ from fedward.serving.drift import Histogram
 
 _PAIRS = 8
 _SEED = 7  # the same question gets the same answer
+MEANING = (
+    "how much each value moved this answer, compared with a patient at the reference; "
+    "a contribution, not a cause"
+)
 _CLOSEST = 1e-7  # of a float32 probability to 0 or 1
 
+Method = Literal["shapley", "lime"]
 Predict = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 
 
@@ -67,7 +72,7 @@ def explain(
     ranks = np.argsort(orders, axis=1)
     steps = np.arange(count + 1)
     mixed = np.where(ranks[:, None, :] < steps[None, :, None], inputs, reference)
-    scores = _log_odds(predict(mixed.reshape(-1, count).astype(np.float32)))
+    scores = to_log_odds(predict(mixed.reshape(-1, count).astype(np.float32)))
     scores = scores.reshape(len(orders), count + 1)
     gains = np.diff(scores, axis=1)
     contributions = np.take_along_axis(gains, ranks, axis=1).mean(axis=0)
@@ -76,21 +81,24 @@ def explain(
 
 def explanation_json(signature: ModelSignature, explanation: Explanation) -> dict[str, Any]:
     """As answered, the largest contribution first."""
-    order = np.argsort(-np.abs(explanation.contributions))
     return {
+        "method": "shapley",
         "unit": "log-odds",
         "reference": explanation.reference,
         "log_odds": explanation.log_odds,
-        "contributions": [
-            {
-                "field": signature.fields[i].name,
-                "contribution": float(explanation.contributions[i]),
-            }
-            for i in order
-        ],
-        "meaning": "how much each value moved this answer, compared with a patient at the "
-        "reference; a contribution, not a cause",
+        "contributions": contributions_json(signature, explanation.contributions),
+        "meaning": MEANING,
     }
+
+
+def contributions_json(
+    signature: ModelSignature, contributions: NDArray[np.float64]
+) -> list[dict[str, Any]]:
+    """By field, the largest first."""
+    return [
+        {"field": signature.fields[i].name, "contribution": float(contributions[i])}
+        for i in np.argsort(-np.abs(contributions))
+    ]
 
 
 def _typical(field: Field, histogram: Histogram | None) -> float:
@@ -105,6 +113,7 @@ def _typical(field: Field, histogram: Histogram | None) -> float:
     return min(field.codes.values(), default=0.0)
 
 
-def _log_odds(probabilities: NDArray[np.float32]) -> NDArray[np.float64]:
+def to_log_odds(probabilities: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Log-odds of shape `(n,)` from probabilities `(n, 1)`; finite."""
     p = np.clip(probabilities[:, 0].astype(np.float64), _CLOSEST, 1 - _CLOSEST)
     return np.log(p / (1 - p))

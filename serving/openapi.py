@@ -1,10 +1,11 @@
 """What can be asked of the adapter, as OpenAPI 3.1, for clients and for those who test it."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, get_args
 
 from fedward import __version__
 from fedward.core.fields import INPUT, OUTPUT, Field, ModelSignature
+from fedward.serving.explain import Method
 
 Schema = dict[str, Any]
 _TEXT: Schema = {"type": "string"}
@@ -132,6 +133,9 @@ def _operation(
         "responses": said,
         "security": [] if name in _ANYBODY else [{"key": []}],
     }
+    if name.endswith("explain"):
+        methods = {"type": "string", "enum": list(get_args(Method)), "default": "shapley"}
+        operation["parameters"].append({"name": "method", "in": "query", "schema": methods})
     if body is not None:
         schema = {"$ref": f"#/components/schemas/{body}"}
         operation["requestBody"] = {

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -147,9 +148,17 @@ def release_files(
 
 
 def publish_sample(
-    registry: Path, identity: Identity, *, bias: float = -2.0, model: str = MODEL
+    registry: Path,
+    identity: Identity,
+    *,
+    bias: float = -2.0,
+    model: str = MODEL,
+    monitor: dict[str, Any] | None = None,
 ) -> Path:
-    """The next version of the sample model in a registry."""
-    return Registry(registry).add(
-        model, lambda version: release_files(version, bias=bias, model=model), identity=identity
-    )
+    """The next version of the sample model in a registry, with a reference or without."""
+
+    def files(version: int) -> dict[str, bytes]:
+        made = release_files(version, bias=bias, model=model)
+        return made if monitor is None else {**made, "monitor.json": json.dumps(monitor).encode()}
+
+    return Registry(registry).add(model, files, identity=identity)
