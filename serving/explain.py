@@ -11,7 +11,7 @@ them, a patient of whom nothing is known but the required fields, at the middle 
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +27,6 @@ MEANING = (
 )
 _CLOSEST = 1e-7  # of a float32 probability to 0 or 1
 
-Method = Literal["shapley", "lime"]
 Predict = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 
 

@@ -1,11 +1,11 @@
 """What can be asked of the adapter, as OpenAPI 3.1, for clients and for those who test it."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any, get_args
+from typing import Any
 
 from fedward import __version__
 from fedward.core.fields import INPUT, OUTPUT, Field, ModelSignature
-from fedward.serving.explain import Method
+from fedward.serving.explanations import METHODS
 
 Schema = dict[str, Any]
 _TEXT: Schema = {"type": "string"}
@@ -134,8 +134,10 @@ def _operation(
         "security": [] if name in _ANYBODY else [{"key": []}],
     }
     if name.endswith("explain"):
-        methods = {"type": "string", "enum": list(get_args(Method)), "default": "shapley"}
-        operation["parameters"].append({"name": "method", "in": "query", "schema": methods})
+        size = {"type": "string", "pattern": r"^[1-9]\d{0,3}x[1-9]\d{0,3}$"}
+        methods = {"type": "string", "enum": list(METHODS), "default": "shapley"}
+        for part, schema in (("method", methods), ("grid", size), ("window", size)):
+            operation["parameters"].append({"name": part, "in": "query", "schema": schema})
     if body is not None:
         schema = {"$ref": f"#/components/schemas/{body}"}
         operation["requestBody"] = {

@@ -5,8 +5,6 @@ import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from importlib import resources
-from typing import cast, get_args
-from urllib.parse import parse_qs
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +12,7 @@ from numpy.typing import NDArray
 from fedward.serving import cds, graph, oip, openapi
 from fedward.serving.catalogue import Live
 from fedward.serving.clinical import parse_json
-from fedward.serving.explain import Method
+from fedward.serving.explanations import Asked, parse_asked
 from fedward.serving.http import (
     Answer,
     Receive,
@@ -67,14 +65,9 @@ class Request:
         return None if value is None else parse_patient_id(value.decode("latin-1"))
 
     @property
-    def method(self) -> Method:
-        """How to explain: the query's `method`. Raises `Problem` 422."""
-        query = parse_qs(self.scope.get("query_string", b"").decode("latin-1"))
-        for method in get_args(Method):
-            if query.get("method", ["shapley"]) == [method]:
-                return cast("Method", method)
-        known = ", ".join(get_args(Method))
-        raise Problem(422, f"method must be one of {known}", field="method", allowed=known)
+    def asked(self) -> Asked:
+        """Which explanation, by the query. Raises `Problem` 422."""
+        return parse_asked(self.scope.get("query_string", b""))
 
     async def body(self) -> bytes:
         """The body. Raises `Problem`."""
@@ -192,7 +185,7 @@ async def _explain(request: Request) -> Answer:
     live = request.chosen
     values = parse_json(await request.body())
     answer = await request.service.explain_patient(
-        live, values, caller=request.caller, patient=request.patient, method=request.method
+        live, values, caller=request.caller, patient=request.patient, asked=request.asked
     )
     return answer_json(answer)
 
@@ -210,9 +203,9 @@ async def _v1_explain(request: Request) -> Answer:
     inputs = parse_instances(live, parse_json(await request.body()))
     if len(inputs) > _MOST_EXPLAINED:
         raise Problem(413, f"at most {_MOST_EXPLAINED} instances are explained in one request")
-    service, method = request.service, request.method
+    service, asked = request.service, request.asked
     await service.predict(live, inputs, caller=request.caller, action="explain")
-    explained = [await service.contributions(live, row, method) for row in inputs]
+    explained = [await service.contributions(live, row, asked) for row in inputs]
     return answer_json({"explanations": explained})
 
 

@@ -15,9 +15,8 @@ from fedward.serving import clinical
 from fedward.serving.approval import waiting
 from fedward.serving.audit import AuditLog, start_of
 from fedward.serving.catalogue import Catalogue, Live
-from fedward.serving.explain import Method, explain, explanation_json
+from fedward.serving.explanations import Asked, explanation_of
 from fedward.serving.gate import Gate, Headers
-from fedward.serving.lime import explain_locally, line_json
 from fedward.serving.oip import numbers, to_float32
 from fedward.serving.outcomes import Outcomes, Receipts, parse_outcome
 from fedward.serving.problems import Problem
@@ -206,26 +205,19 @@ class Service:
         *,
         caller: Caller,
         patient: str | None = None,
-        method: Method = "shapley",
+        asked: Asked,
     ) -> dict[str, Any]:
         """`/predict`'s answer with each value's contribution. Raises `Problem`."""
         inputs = self.parse_patient(live, values)
         outputs = await self.predict(live, inputs, caller=caller, action="explain", patient=patient)
         answer = clinical.answer(live.signature, inputs, outputs, privacy=live.privacy)
-        return {**answer, "explanation": await self.contributions(live, inputs[0], method)}
+        return {**answer, "explanation": await self.contributions(live, inputs[0], asked)}
 
     async def contributions(
-        self, live: Live, inputs: NDArray[np.float32], method: Method = "shapley"
+        self, live: Live, inputs: NDArray[np.float32], asked: Asked
     ) -> dict[str, Any]:
         """Each value's contribution to one row's answer; off the event loop. Raises `Problem`."""
-        if len(live.signature.outputs) != 1:
-            raise Problem(400, "only a model of one probability is explained")
-        signature, ask = live.signature, live.engine.predict
-        if method == "lime":
-            line = await asyncio.to_thread(explain_locally, ask, inputs, signature, live.histograms)
-            return line_json(signature, line)
-        explanation = await asyncio.to_thread(explain, ask, inputs, live.reference)
-        return explanation_json(signature, explanation)
+        return await asyncio.to_thread(explanation_of, live, inputs, asked)
 
     def parse_patient(self, live: Live, values: dict[str, Any]) -> NDArray[np.float32]:
         """Named values as the model's input; a refusal is counted. Raises `Problem` 422."""

@@ -169,7 +169,7 @@ def test_it_is_asked_for_by_name_and_says_how_well_it_fits(tmp_path: Path) -> No
     assert first[0] == said
     assert usual["method"] == "shapley"
     assert "r2" not in usual
-    assert (wrong.status, wrong.json["allowed"]) == (422, "shapley, lime")
+    assert (wrong.status, wrong.json["allowed"]) == (422, "shapley, lime, occlusion")
 
 
 def test_without_a_reference_there_is_nothing_to_draw_from(tmp_path: Path) -> None:
