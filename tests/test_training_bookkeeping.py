@@ -11,6 +11,7 @@ from torch.nn import functional
 from fedward.client.training.bookkeeping import leaves_of, make_clipped_sum
 from fedward.client.training.clippers import BookKeeping, Clipper
 from fedward.client.training.closed_form import ClosedForm
+from fedward.client.training.convolutions import likes_turning
 from fedward.client.training.modes import choose_mode
 from fedward.client.training.opacus_modes import Ghost, PerSample
 from fedward.client.training.plan import Mode
@@ -544,3 +545,40 @@ def test_a_loss_that_is_averaged_is_refused_by_every_way() -> None:
 
         with pytest.raises(ValueError, match="one value an example"):
             clipper(batch, clip_norm=1.0)
+
+
+class Viewer(nn.Module):
+    """Looks at memory, as `view` does, so that nothing may be turned in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 9, 3, padding=1), nn.GroupNorm(3, 9)
+        self.second, self.head = nn.Conv2d(9, 4, 3, stride=2, dilation=2), nn.Linear(36, 3)
+
+    def forward(self, x: Tensor) -> Any:
+        h = torch.relu_(self.norm(self.conv(x)))
+        return self.head(self.second(h).view(len(x), -1))
+
+
+class Turned(Viewer):
+    def forward(self, x: Tensor) -> Any:
+        h = torch.relu_(self.norm(self.conv(x)))
+        return self.head(self.second(h).flatten(1))
+
+
+@pytest.mark.parametrize("records", [1, 4])
+@pytest.mark.parametrize("build", [Viewer, Turned])
+def test_images_of_several_channels_are_clipped_whatever_their_order_in_memory(
+    build: type[Viewer], records: int
+) -> None:
+    torch.manual_seed(3)
+    model = build()
+    x = torch.randn((8, 3, 10, 10), generator=torch.Generator().manual_seed(7))
+    batch = Batch(x, torch.arange(8) % 3, None, records)
+    clipper = made(BookKeeping, model)
+
+    parts = [clipper(part, clip_norm=0.5).total.clone() for part in (batch, batch.part(0, 2))]
+
+    expected = [by_hand(model, part, 0.5)[0] for part in (batch, batch.part(0, 2))]
+    torch.testing.assert_close([p.double() for p in parts], expected, atol=1e-6, rtol=1e-6)
+    assert likes_turning(model.float(), list(model.children()), x) is (build is Turned)

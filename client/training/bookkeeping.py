@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad
 
+from fedward.client.training.convolutions import Turning, likes_turning
 from fedward.client.training.leaves import part_of, supported
 from fedward.client.training.parts import Call, Loss, Memory
 from fedward.client.training.stack import one_a_row
@@ -54,25 +55,46 @@ def finite_factors(squared_norms: Tensor, clip_norm: float) -> Tensor:
 
 
 class Captured:
-    """One forward and backward pass: what went into each layer, what gradient came back."""
+    """One forward and backward pass: what went into each layer, what gradient came back.
 
-    def __init__(self, model: nn.Module, loss: Loss, leaves: Mapping[str, nn.Module]) -> None:
+    Args:
+        model: In training mode; hooked until `close`.
+        loss: One value an example.
+        leaves: The layers to listen to.
+        features: A batch, such as will come.
+        memory: For what is held between the passes.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss,
+        leaves: Mapping[str, nn.Module],
+        features: Tensor,
+        memory: Memory,
+    ) -> None:
         self._model, self._loss, self._leaves = model, loss, leaves
+        likes = likes_turning(model, list(leaves.values()), features)
+        self._turning = Turning(memory) if likes else None
         self._record: list[tuple[str, Tensor, Any]] = []
         self._handles = [
             layer.register_forward_hook(self._hook(name)) for name, layer in leaves.items()
         ]
+        if self._turning is not None:
+            before = self._turning.before
+            self._handles += [layer.register_forward_pre_hook(before) for layer in leaves.values()]
 
     def close(self) -> None:
         """Take the hooks off the model."""
         for handle in self._handles:
             handle.remove()
 
-    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def hook(_layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+        def hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
             # The edge, not the tensor: an activation in place changes what the tensor means.
             edge = torch.autograd.graph.get_gradient_edge(output)
             self._record.append((name, inputs[0].detach(), edge))
+            return output if self._turning is None else self._turning.after(layer, output)
 
         return hook
 

@@ -132,7 +132,7 @@ class BookKeeping:
             passes = self._stack
         else:
             if self._captured is None:  # hooks cost something where nobody needs them
-                self._captured = self._capture()
+                self._captured = self._capture(batch.features, self._memory)
             passes = self._captured
         calls = passes.run(batch.features, batch.labels, batch.mask)
         _, squared = sums_of(

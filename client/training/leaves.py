@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fedward.client.training.convolutions import image_part
 from fedward.client.training.embeddings import embedding
 from fedward.client.training.parts import (
     Call,
@@ -27,6 +28,7 @@ from fedward.client.training.parts import (
     Sums,
     at,
     by_patient,
+    products,
     room,
     squared_norms,
     squared_rows,
@@ -86,7 +88,7 @@ def part_of(
         case nn.Conv1d() | nn.Conv2d():
             return _convolution(layer, calls, records, memory)
         case nn.GroupNorm() | nn.LayerNorm():
-            return _affine(layer, calls, records)
+            return _affine(layer, calls, records, memory)
         case _:
             raise ValueError(f"book-keeping does not know {type(layer).__name__}")
 
@@ -169,6 +171,9 @@ def _convolution(
 ) -> Part:
     trained = learns(layer, "weight")
     biased = learns(layer, "bias")
+    once = len(calls) == 1 and trained and layer.groups == 1 and calls[0][1].is_cpu
+    if memory is not None and once and isinstance(layer, nn.Conv2d):
+        return image_part(layer, *calls[0], records=records, memory=memory, biased=biased)
     gradients: Tensor | None = None
     summed: Tensor | None = None
     for number, (a, d) in enumerate(calls):
@@ -220,14 +225,17 @@ def _kernel_gradients(
     return (d @ patches.transpose(2, 3)).flatten(1, 2)
 
 
-def _affine(layer: nn.GroupNorm | nn.LayerNorm, calls: Sequence[Call], records: int) -> Part:
+def _affine(
+    layer: nn.GroupNorm | nn.LayerNorm, calls: Sequence[Call], records: int, memory: Memory | None
+) -> Part:
     weight: Tensor | None = None
     bias: Tensor | None = None
     for a, d in calls:
         if isinstance(layer, nn.GroupNorm):
             normal = functional.group_norm(a, layer.num_groups, eps=layer.eps)
             # Sum over all but rows and channels.
-            product, plain = (normal * d).flatten(2).sum(2), d.flatten(2).sum(2)
+            product = products(normal.flatten(2), d.flatten(2), memory)
+            plain = d.flatten(2).sum(2)
         else:
             normal = functional.layer_norm(a, layer.normalized_shape, eps=layer.eps)
             shape = (len(d), -1, *layer.normalized_shape)

@@ -57,11 +57,19 @@ def squared_norms(values: Tensor) -> Tensor:
 
 def squared_rows(values: Tensor, memory: Memory | None) -> Tensor:
     """The same of a matrix; where nothing has to be pure, in half of the time."""
-    if memory is None or not values.is_cpu or values.dtype != torch.float32:
-        return squared_norms(values)
-    rows = values.detach().numpy()
+    return products(values, values, memory) if _impure(values, memory) else squared_norms(values)
+
+
+def products(one: Tensor, other: Tensor, memory: Memory | None) -> Tensor:
+    """Inner products of the last dimension."""
+    if not _impure(one, memory):
+        return (one * other).sum(-1)
     with np.errstate(all="ignore"):  # what is not finite shows in the norm
-        return torch.from_numpy(np.vecdot(rows, rows))
+        return torch.from_numpy(np.vecdot(one.detach().numpy(), other.detach().numpy()))
+
+
+def _impure(values: Tensor, memory: Memory | None) -> bool:
+    return memory is not None and values.is_cpu and values.dtype == torch.float32
 
 
 def at(into: Into, name: str) -> Tensor | None:
