@@ -114,9 +114,9 @@ SETTINGS: dict[str, dict[float | None, Setting]] = {
     | {0.25: _few_steps(2.0, rounds=2, log_odds=0.0, features=HEART_FEW)},
     "icu2012": {
         None: Setting(8.0),
-        8.0: Setting(4.0),  # 4 and 8 were not tuned: between the choices for 1 and for none
-        4.0: Setting(4.0),
-        1.0: Setting(2.0),
+        8.0: Setting(4.0, rounds=60, log_odds=-2.0, features=icu2012.MORE),
+        4.0: Setting(4.0, rounds=60, log_odds=-2.0, features=icu2012.MORE),
+        1.0: Setting(4.0, rounds=30, momentum=0.0, log_odds=-2.0, features=icu2012.MORE),
         0.25: _few_steps(8.0, clip_norm=0.7, rounds=2, log_odds=-2.0, features=icu2012.FEW),
     },
 }
@@ -297,6 +297,12 @@ def _candidates(name: str, epsilon: float | None) -> Iterator[Setting]:
     rounds = (5, 10, 20, 40) if little else (30, 100)
     for rate, length in itertools.product((1.0, 2.0, 4.0, 8.0), rounds):
         yield Setting(rate, rounds=length)
+    if name == "icu2012" and epsilon is not None:
+        for rate, length, momentum in ((4.0, 30, 0.0), (8.0, 30, 0.0), (4.0, 60, 0.5)):
+            for features in ((), icu2012.FEW, icu2012.MORE):
+                yield Setting(
+                    rate, rounds=length, momentum=momentum, log_odds=-2.0, features=features
+                )
     if little:
         log_odds, few = (0.0, HEART_FEW) if name == "heart" else (-2.0, icu2012.FEW)
         for rate, clip, length in itertools.product((2.0, 8.0), (0.7, 1.0, 1.4), (1, 2, 4)):

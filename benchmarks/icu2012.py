@@ -36,8 +36,23 @@ RANGES = {
     "Temp_max": (37.8, 0.8),
     "Urine_mean": (110.0, 90.0),
 }
-# Known at the bedside for what they say of the risk of death (SAPS II, APACHE, SOFA), one of each
-# kind: so little budget does not pay for more. Compared with three other such lists, and with all.
+# Known at the bedside for what they say of the risk of death (SAPS II, APACHE, SOFA). `FEW` has one
+# of each kind, for little budget. Compared with two other such lists, and with all.
+MORE = (
+    "Age",
+    "GCS_last",
+    "BUN_last",
+    "Urine_mean",
+    "Lactate_max",
+    "HCO3_last",
+    "Bilirubin_last",
+    "HR_last",
+    "SysABP_min",
+    "RespRate_last",
+    "FiO2_last",
+    "ventilated",
+    "unit 2",
+)
 FEW = (
     "Age",
     "GCS_last",

@@ -278,8 +278,8 @@ def _adversaries(privacy: Mapping[str, Any]) -> str:
     if not rows:
         return ""
     return (
-        '<div class="panel"><table><tr><th>who works together</th><th>epsilon at most</th></tr>'
-        f"{rows}</table></div>"
+        '<div class="panel"><table><tr><th>who works together</th>'
+        f"<th>epsilon at most, per {_e(privacy['unit'])}</th></tr>{rows}</table></div>"
     )
 
 
