@@ -84,17 +84,7 @@ class Cohort:
         self._plan = _common(self._plans)
         self._parameters = list(model.parameters())
         self._size = sum(p.numel() for p in self._parameters if p.requires_grad)
-        self._samplers = [
-            PoissonSampler(
-                site.examples.features,
-                site.examples.labels,
-                site.examples.units,
-                sample_rate=site.plan.sample_rate,
-                max_records=site.plan.max_records,
-                device=torch.device("cpu"),
-            )
-            for site in sites
-        ]
+        self._samplers = [_sampler(site) for site in sites]
         self._patients = np.array([sampler.num_units for sampler in self._samplers])
         self._rates = np.array([plan.sample_rate for plan in self._plans])
         self._one_row = all(
@@ -322,6 +312,20 @@ class Cohort:
                 begin += p.numel()
             start += p.numel()
         return whole
+
+
+def _sampler(site: CohortSite) -> PoissonSampler:
+    """Chooses rows of a site; the rows themselves are in the pile, and nowhere else."""
+    units = site.examples.units
+    nothing = np.empty((len(units), 0), np.float32)
+    return PoissonSampler(
+        nothing,
+        nothing,
+        units,
+        sample_rate=site.plan.sample_rate,
+        max_records=site.plan.max_records,
+        device=torch.device("cpu"),
+    )
 
 
 def _common(plans: Sequence[TrainingPlan]) -> TrainingPlan:

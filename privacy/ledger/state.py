@@ -1,9 +1,9 @@
 """What a ledger's entries add up to: a state machine without any input or output."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from fedward.core.errors import LedgerCorrupt
 from fedward.privacy.accounting import Unit
@@ -56,15 +56,8 @@ class State:
         self.studies: dict[str, StudyState] = {}
         self.reservations: dict[int, ReservedRound] = {}
         self._of_round: dict[tuple[str, int], list[int]] = {}
-        self._rules: dict[str, Callable[[dict[str, Any]], None]] = {
-            "genesis": self._genesis,
-            "allot": self._allot,
-            "reserve": self._reserve,
-            "settle": self._settle,
-            "close": self._close,
-        }
-        self._spent: dict[Population, Leaves] = {name: Counter() for name in POPULATIONS}
-        self._units: dict[Population, set[Unit]] = {name: set() for name in POPULATIONS}
+        self._spent: defaultdict[Population, Leaves] = defaultdict(Counter)
+        self._units: defaultdict[Population, set[Unit]] = defaultdict(set)
 
     def apply(self, body: dict[str, Any]) -> None:
         """Take one entry into account.
@@ -76,7 +69,7 @@ class State:
         if (body["kind"] == "genesis") != (body["seq"] == 0):
             raise LedgerCorrupt(f"entry {body['seq']} is a {body['kind']}: not what stands there")
         try:
-            self._rules[body["kind"]](body)
+            self._RULES[body["kind"]](self, body)
         except (ValueError, KeyError, TypeError) as error:
             raise LedgerCorrupt(f"entry {body['seq']} does not make sense: {error}") from error
 
@@ -161,3 +154,12 @@ class State:
         if study is None or not study.open:
             raise ValueError(f"study {name} has no open allotment")
         return study
+
+    # Of the class and not of each ledger, of which a simulation has thousands.
+    _RULES: ClassVar[dict[str, Callable[["State", dict[str, Any]], None]]] = {
+        "genesis": _genesis,
+        "allot": _allot,
+        "reserve": _reserve,
+        "settle": _settle,
+        "close": _close,
+    }
