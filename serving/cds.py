@@ -113,24 +113,34 @@ def cards(
         f"Not in the record: {', '.join(missing) or 'nothing'}.",
         "A probability to consider with all else that is known; the clinician decides.",
     ]
+    indicator = "warning" if probability >= signature.threshold else "info"
+    reasons = [
+        {"code": code, "system": _REASONS_SYSTEM, "display": display}
+        for code, display in _OVERRIDE_REASONS.items()
+    ]
+    card = _card(signature, summary, detail, indicator=indicator)
+    return {"cards": [{**card, "overrideReasons": reasons}]}
+
+
+def abstention(signature: ModelSignature, problem: Problem) -> dict[str, Any]:
+    """The answer where the record holds a value that no patient can have: a card that says so."""
+    none = f"Model {signature.model}, version {signature.version}, gives no probability for it"
+    detail = [
+        f"In the record, {problem.error}.",
+        f"{none}; correct the value, and open the record again.",
+    ]
+    return {"cards": [_card(signature, "No probability: the record holds a wrong value", detail)]}
+
+
+def _card(
+    signature: ModelSignature, summary: str, detail: list[str], *, indicator: str = "info"
+) -> dict[str, Any]:
     return {
-        "cards": [
-            {
-                "uuid": str(uuid.uuid4()),
-                "summary": summary,
-                "detail": "\n\n".join(detail),
-                "indicator": "warning" if probability >= signature.threshold else "info",
-                "source": {"label": f"Fedward {signature.model}"},
-                "overrideReasons": [
-                    {
-                        "code": code,
-                        "system": _REASONS_SYSTEM,
-                        "display": display,
-                    }
-                    for code, display in _OVERRIDE_REASONS.items()
-                ],
-            }
-        ]
+        "uuid": str(uuid.uuid4()),
+        "summary": summary,
+        "detail": "\n\n".join(detail),
+        "indicator": indicator,
+        "source": {"label": f"Fedward {signature.model}"},
     }
 
 

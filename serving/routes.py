@@ -293,7 +293,10 @@ async def _cds_hook(request: Request) -> Answer:
         inputs = cds.parse_hook(body, live.signature)
     except Problem as problem:
         request.service.note_refusal(live, problem)
-        raise
+        if problem.status != _WRONG_VALUE:
+            raise
+        request.service.record("cds-abstained", live, request.caller)
+        return answer_json(cds.abstention(live.signature, problem))
     patient = parse_patient_id(body["context"]["patientId"])
     outputs = await request.service.predict(
         live, inputs, caller=request.caller, action="cds-hook", patient=patient
@@ -367,6 +370,7 @@ async def _page(request: Request) -> Answer:
 
 PATIENT_HEADER = b"x-patient-id"
 _LONGEST_ID = 128
+_WRONG_VALUE = 422
 _MOST_EXPLAINED = 32
 _NAME = r"([^/:]+)"
 _MODEL = rf"/v2/models/{_NAME}(?:/versions/([^/]+))?"

@@ -133,3 +133,21 @@ def test_every_override_is_counted(app: App) -> None:
 
     assert 'fedward_cds_feedback_total{model="tiny",outcome="accepted"} 1' in text
     assert 'fedward_cds_feedback_total{model="tiny",outcome="overridden"} 2' in text
+
+
+def test_a_recorded_value_that_no_patient_can_have_gets_a_card_that_says_so(app: App) -> None:
+    call = copy.deepcopy(cds_hooks.CALL)
+    call["prefetch"]["patient"]["birthDate"] = "1790-01-01"
+    assert app.service.audit is not None
+
+    reply = ask(app, "POST", "/cds-services/tiny", call)
+    app.service.audit.close()
+
+    (card,) = reply.json["cards"]
+    assert reply.status == 200
+    _check(reply.json, cds_hooks.RESPONSE)
+    assert card["summary"].startswith("No probability")
+    assert "age is out of range; allowed: 18 to 120" in card["detail"]
+    assert "%" not in card["summary"] + card["detail"]
+    assert 'refused_values_total{model="tiny",field="age"} 1' in app.service.metrics()
+    assert "predicted_rows_total{" not in app.service.metrics()
