@@ -9,7 +9,7 @@ from importlib import resources
 import numpy as np
 from numpy.typing import NDArray
 
-from fedward.serving import cds, graph, oip, openapi
+from fedward.serving import cds, graph, manage, oip, openapi
 from fedward.serving.catalogue import Live
 from fedward.serving.clinical import parse_json
 from fedward.serving.explanations import Asked, parse_asked
@@ -315,22 +315,26 @@ async def _cds_feedback(request: Request) -> Answer:
 async def _roll_back(request: Request) -> Answer:
     await request.body()
     model = request.live.signature.model
-    return answer_json(await request.service.roll_back(model, caller=request.caller))
+    return answer_json(await manage.roll_back(request.service, model, caller=request.caller))
 
 
 async def _decide(request: Request) -> Answer:
     value = parse_json(await request.body())
     model, verb = str(request.parts[0]), request.parts[1]
     return answer_json(
-        await request.service.decide(
-            model, value.get("version"), caller=request.caller, approve=verb == "approve"
+        await manage.decide(
+            request.service,
+            model,
+            value.get("version"),
+            caller=request.caller,
+            approve=verb == "approve",
         )
     )
 
 
 async def _erase(request: Request) -> Answer:
     patient = parse_patient_id(parse_json(await request.body()).get("patient"))
-    return answer_json(await request.service.erase(patient, caller=request.caller))
+    return answer_json(await manage.erase(request.service, patient, caller=request.caller))
 
 
 async def _openapi(request: Request) -> Answer:

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedward.core.errors import FedwardError
 from fedward.serving import clinical
 from fedward.serving.approval import waiting
 from fedward.serving.audit import AuditLog, start_of
@@ -20,7 +19,7 @@ from fedward.serving.gate import Gate, Headers
 from fedward.serving.oip import numbers, to_float32
 from fedward.serving.outcomes import Outcomes, Receipts, parse_outcome
 from fedward.serving.problems import Problem
-from fedward.serving.roles import ANYONE, Caller, Role
+from fedward.serving.roles import Caller, Role
 from fedward.serving.store import Store
 from fedward.serving.telemetry import Telemetry
 from fedward.serving.traces import Traces
@@ -277,53 +276,6 @@ class Service:
                 if measure in calibration
             ]
         return self.telemetry.text(gauges)
-
-    async def roll_back(self, model: str, *, caller: Caller) -> dict[str, Any]:
-        """Go back to the version before; the watcher swaps it in. Raises `Problem` 403 or 409."""
-        if caller is ANYONE or self.store is None:
-            raise Problem(403, "roll-back needs API keys: make one with the role operator")
-        try:
-            served = await asyncio.to_thread(self.store.roll_back, model)
-        except FedwardError as error:
-            raise Problem(409, str(error)) from error
-        if self.audit is not None:
-            self.audit.append("roll-back", model=model, version=served.version, caller=caller.name)
-            await asyncio.to_thread(self.audit.flush)
-        return {"model": model, "version": served.version}
-
-    async def decide(
-        self, model: str, version: object, *, caller: Caller, approve: bool
-    ) -> dict[str, Any]:
-        """Approve or decline what waits, in the caller's name. Raises `Problem`."""
-        if caller is ANYONE or self.store is None:
-            raise Problem(403, "approval needs API keys: make one with the role operator")
-        if not isinstance(version, int) or isinstance(version, bool):
-            raise Problem(422, "version must be a whole number", field="version", allowed="from 1")
-        try:
-            await asyncio.to_thread(
-                self.store.decide, model, version, by=caller.name, approve=approve
-            )
-        except FedwardError as error:
-            raise Problem(409, str(error)) from error
-        action = "approved" if approve else "declined"
-        if self.audit is not None:
-            self.audit.append(action, model=model, version=version, caller=caller.name)
-            await asyncio.to_thread(self.audit.flush)
-        return {"model": model, "version": version, action: True}
-
-    async def erase(self, patient: str, *, caller: Caller) -> dict[str, Any]:
-        """Destroy the key of a patient's values in the audit log. Raises `Problem` 403 or 404."""
-        if caller is ANYONE:
-            raise Problem(403, "erasure needs API keys: make one with the role operator")
-        if self.vault is None:
-            raise Problem(404, "this adapter keeps no patient's values")
-        if self.audit is not None:
-            await asyncio.to_thread(self.audit.flush)  # what waits is of today's key
-        erased = await asyncio.to_thread(self.vault.erase, patient)
-        if self.audit is not None:
-            self.audit.append("erased", caller=caller.name, found=str(erased).lower())
-            await asyncio.to_thread(self.audit.flush)
-        return {"erased": erased}
 
     def told(self, action: str, *, model: str, version: int, reason: str = "") -> None:
         """Of a swap by the watcher, from its thread."""
