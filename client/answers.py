@@ -132,7 +132,7 @@ def _own_sum(site: LocalSite, begun: Round) -> Vector:
     study = begun.admitted.study
     task, model = site.model(study, begun.parameters)
     training, _ = site.examples(task, study)
-    plan = training_plan(study, begun.admitted.plan)
+    plan = training_plan(study, begun.admitted.plan, round_number=begun.number)
     noise = site.source(study, "train", begun.number)
     total, _ = sampled_clipped_sum(model, task.loss, training, plan=plan, noise=noise)
     return total

@@ -217,7 +217,7 @@ class LocalSite:
         study = admitted.study
         task, model = self.model(study, parameters)
         training, _ = self.examples(task, study)
-        plan = training_plan(study, admitted.plan)
+        plan = training_plan(study, admitted.plan, round_number=round_number)
         noise = self.source(study, "train", round_number)
         progress = None if paid is None else self.progress(study, paid, parameters)
         return train(

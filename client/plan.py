@@ -104,8 +104,8 @@ def plan_site(study: Study, site: Site, *, sites: int = 0, size: int = 0) -> Sit
     )
 
 
-def training_plan(study: Study, plan: SitePlan) -> TrainingPlan:
-    """What the trainer is told for one round."""
+def training_plan(study: Study, plan: SitePlan, *, round_number: int) -> TrainingPlan:
+    """What the trainer is told for one round, from 1."""
     training, privacy = study.training, study.privacy
     guarantee = (
         NotPrivate()
@@ -122,4 +122,8 @@ def training_plan(study: Study, plan: SitePlan) -> TrainingPlan:
         expected_batch_size=plan.expected_batch_size,
         guarantee=guarantee,
         max_records=privacy.max_records,
+        schedule=training.schedule,
+        schedule_steps=plan.steps * plan.rounds,
+        first_step=plan.steps * (round_number - 1),
+        averaging=training.averaging,
     )

@@ -42,6 +42,9 @@ class TrainingSection(Section):
     `sample_rate` is the Poisson inclusion probability of a patient in a step. `batch_size`, its
     expected number, may be given instead; the rate is then batch_size over the site's declared
     `public_size`. Exactly one of `local_epochs` and `local_steps` says how long a round is.
+    `schedule` is how the learning rate falls to zero over the steps of all rounds; `averaging` is
+    what a site gives of a round: its last iterate, the mean of the second half of them ("tail") or
+    their exponential moving average ("ema"). Neither costs privacy.
     """
 
     local_epochs: float | None = Field(default=None, gt=0)
@@ -52,6 +55,8 @@ class TrainingSection(Section):
     learning_rate: float = Field(gt=0)
     momentum: float = Field(default=0.0, ge=0, lt=1)
     weight_decay: float = Field(default=0.0, ge=0)
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    averaging: Literal["last", "tail", "ema"] = "last"
 
     @model_validator(mode="after")
     def _one_of_each(self) -> "TrainingSection":
@@ -356,6 +361,9 @@ class Study(Section):
         agreed = self.model_dump(mode="json", exclude={"simulation", "publish"})
         if self.monitor is None:
             del agreed["monitor"]  # as studies were hashed before there was one
+        for name, before in (("schedule", "constant"), ("averaging", "last")):
+            if agreed["training"][name] == before:
+                del agreed["training"][name]
         if not self.evaluation.subgroups:
             del agreed["evaluation"]
         return agreed

@@ -171,6 +171,9 @@ def _refuse_half_distributed(study: Study) -> None:
         '[training] optimizer = "sgd" without momentum and weight_decay': (
             training.optimizer != "sgd" or training.momentum > 0 or training.weight_decay > 0
         ),
+        '[training] schedule = "constant" and averaging = "last"': (
+            training.schedule != "constant" or training.averaging != "last"
+        ),
         '[privacy] unit = "patient" or "record"': study.privacy.unit == "site",
     }
     for needed, is_wrong in wrong.items():

@@ -34,16 +34,16 @@ def train_centrally(
     pooled = pool(examples)
     plan = plan_site(study, sites[0])
     weight = sum(plan_site(study, site).weight for site in sites)
-    shaped = replace(
-        training_plan(study, plan),
-        guarantee=NotPrivate(),
-        expected_batch_size=plan.sample_rate * weight,
-    )
     parameters = to_vector(model)
     average = IterateAverage.over_last(study.strategy.average_last, rounds=study.study.rounds)
     names = "+".join(site.name for site in sites)
     for round_number in range(1, study.study.rounds + 1):
         from_vector(model, parameters)
+        shaped = replace(
+            training_plan(study, plan, round_number=round_number),
+            guarantee=NotPrivate(),
+            expected_batch_size=plan.sample_rate * weight,
+        )
         noise = simulated_source(study.study.seed, names, "train", round_number)
         result = train(model, task.loss, pooled, plan=shaped, noise=noise)
         parameters = parameters + result.update

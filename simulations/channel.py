@@ -98,7 +98,7 @@ class CohortChannel:
     def _cohort_site(self, site: LocalSite) -> CohortSite:
         admitted = site.admitted(self._study.hash)
         training, _ = site.examples(get_task(self._study.study.task), self._study)
-        return CohortSite(training, training_plan(self._study, admitted.plan))
+        return CohortSite(training, training_plan(self._study, admitted.plan, round_number=1))
 
     def _train(self, payloads: Mapping[int, Payload]) -> Iterator[Reply]:
         nodes = list(payloads)

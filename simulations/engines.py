@@ -38,21 +38,30 @@ def choose_engine(study: Study, model: nn.Module, *, sites: int) -> Choice:
         return Choice("per-site", "each site puts its share of the noise into a sum of its own")
     if asked == "per-site":
         return Choice("per-site", "the study asks for it")
-    if not fits(model):
-        if asked == "vectorised":
-            raise ConfigError(
-                '= "vectorised" does not fit this model: it has layers that book-keeping does not '
-                'know; use engine = "auto" or "per-site"',
-                file="study",
-                key="[simulation] engine",
-            )
-        return Choice("per-site", "the model has layers that book-keeping does not know")
+    unfit = _unfit(study, model)
+    if unfit is not None and asked == "vectorised":
+        raise ConfigError(
+            f'= "vectorised" does not do: {unfit}; use engine = "auto" or "per-site"',
+            file="study",
+            key="[simulation] engine",
+        )
+    if unfit is not None:
+        return Choice("per-site", unfit)
     if asked == "vectorised":
         return Choice("vectorised", "the study asks for it")
     against = _against(model, sites=sites, device=study.simulation.device)
     if against is not None:
         return Choice("per-site", against)
     return Choice("vectorised", f"{sites} sites as one batch are faster")
+
+
+def _unfit(study: Study, model: nn.Module) -> str | None:
+    """Why sites cannot be trained as one batch; None if they can."""
+    if study.training.schedule != "constant" or study.training.averaging != "last":
+        return "[training] schedule and averaging are kept site by site"
+    if not fits(model):
+        return "the model has layers that book-keeping does not know"
+    return None
 
 
 def _against(model: nn.Module, *, sites: int, device: str) -> str | None:

@@ -117,9 +117,11 @@ class MemorySite(SimulatedSite):
         trainer = self._shared.trainer(study)
         if study.hash not in self._rounds:
             training, _ = self.examples(get_task(study.study.task), study)
-            plan = training_plan(study, admitted.plan)
+            plan = training_plan(study, admitted.plan, round_number=1)
             self._rounds[study.hash] = trainer.sampler(training, plan), plan
         sampler, plan = self._rounds[study.hash]
+        if plan.schedule != "constant":
+            plan = training_plan(study, admitted.plan, round_number=round_number)
         noise = partial(self.source, study, "train", round_number)
         return trainer.train(parameters, sampler, plan, noise=noise).update
 

@@ -124,6 +124,7 @@ def test_more_patients_than_promised_are_cut_and_not_wrapped_around(tmp_path: Pa
         ("local_steps = 1", "local_steps = 2", r"\[training\] local_steps = 1"),
         ("sample_rate = 0.3", "batch_size = 30", "sample_rate"),
         ("learning_rate = 1.0", "learning_rate = 1.0\nmomentum = 0.5", "momentum"),
+        ("learning_rate = 1.0", 'learning_rate = 1.0\nschedule = "linear"', "schedule"),
     ],
 )
 def test_what_would_not_be_pooled_dp_sgd_is_refused(

@@ -274,7 +274,7 @@ def test_one_unit_moves_the_clipped_sum_by_the_clip_norm_at_most(
     training, _ = site.examples(task, study)
     from fedward.client.plan import plan_site
 
-    plan = training_plan(study, plan_site(study, site.site))
+    plan = training_plan(study, plan_site(study, site.site), round_number=1)
     everybody = np.arange(len(training))
 
     def total(rows: np.ndarray) -> np.ndarray:

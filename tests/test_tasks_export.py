@@ -100,7 +100,7 @@ def test_what_is_no_code_is_no_category(tables: list[Table]) -> None:
         i for i, f in enumerate(TASK.schema.features)
         if f.kind == "category" and len(f.categories) > 2
     ]  # fmt: skip
-    codes = np.float32([0, 1, 2])
+    codes = np.array([0, 1, 2], np.float32)
     near = [*np.nextafter(codes, np.float32(9)), *np.nextafter(codes[1:], np.float32(-9))]
     odd = np.array([-1, 0.5, *near, 7, np.inf, -np.inf, np.nan], np.float32)
     rows[:, categories] = np.random.default_rng(6).choice(odd, (300, len(categories)))
