@@ -211,7 +211,7 @@ def test_noise_for_all_sites_at_once_is_each_sites_own_to_the_bit() -> None:
     rows = np.random.default_rng(0).normal(size=(5, 37)).astype(np.float32)
     stds = [0.3, 1.0, 1.7, 64.0, 1e-6]
 
-    for scale in (1e-6, 1.0):  # in the first all of it fits single precision
+    for scale in (1e-6, 1.0, 1e4):  # all of it fits single precision, some of it, none
         scaled = rows * np.float32(scale)
 
         together = add_noise_to_rows(

@@ -16,7 +16,7 @@ to the sensitivity: by a part in 10,000 for 100,000 elements and a noise multipl
 """
 
 import math
-from typing import Any, Final, Protocol, runtime_checkable
+from typing import Any, Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,11 +27,11 @@ _APART: Final = 2
 """Steps by which an element of two neighbours' vectors can be farther apart after rounding.
 
 Each is moved by one at most: by a half when it is rounded, and by a quarter before that in single
-precision, or by a half once more in double precision, see `_release`.
+precision, or by a half once more in double precision, see `whole_sums`.
 """
 
 _CHUNK: Final = 1 << 17  # a request has a fixed cost, and its working space is to stay small
-_BLOCK: Final = 1 << 15  # worked on at a time, in the second-level cache
+BLOCK: Final = 1 << 15  # worked on at a time, in the second-level cache
 _SINGLES: Final = 2.0**24
 """Steps below which a product in single precision is off by at most a quarter before it is rounded,
 or by a half where it is whole by itself."""
@@ -61,8 +61,7 @@ class NoiseSource(Protocol):
         ...
 
 
-@runtime_checkable
-class DrawsSteps(Protocol):
+class DrawsSteps(NoiseSource, Protocol):
     """A source that draws what `add_noise` adds, without a detour over doubles."""
 
     def normal_steps(self, out: NDArray[np.int32]) -> None:
@@ -108,8 +107,8 @@ def add_noise(
     for start in range(0, flat.size, _CHUNK):
         steps = memory[: flat.size - start]
         draw_steps(steps, source=source)
-        for first in range(0, steps.size, _BLOCK):
-            drawn = steps[first : first + _BLOCK]
+        for first in range(0, steps.size, BLOCK):
+            drawn = steps[first : first + BLOCK]
             at = slice(start + first, start + first + drawn.size)
             _release(flat[at], drawn, step, released[at])
     return released.reshape(np.shape(vector))
@@ -141,8 +140,10 @@ def noise_step(std: float, *, sensitivity: float, size: int) -> float:
 
 def draw_steps(out: NDArray[np.int32], *, source: NoiseSource) -> None:
     """Overwrite `out` with normal draws of standard deviation `RESOLUTION`, rounded."""
-    if isinstance(source, DrawsSteps):
-        source.normal_steps(out)
+    # Not by isinstance: to hold a source against a protocol takes as long as a small draw.
+    normal_steps = getattr(source, "normal_steps", None)
+    if normal_steps is not None:
+        normal_steps(out)
     else:
         out[:] = np.rint(source.gaussian(out.size, std=RESOLUTION))
 
@@ -155,39 +156,53 @@ def steps_per_unit(step: float) -> float:
     return float(np.float32(1 / step))
 
 
-def in_singles(part: NDArray[np.floating[Any]], step: float) -> bool:
-    """Whether a part that is not empty can be rounded to steps in single precision.
+def in_singles(largest: float, step: float, *, dtype: np.dtype[Any]) -> bool:
+    """Whether what is at most `largest` in absolute value is rounded in single precision.
 
     Raises:
         ValueError: It is not finite in single precision.
     """
-    largest = max(-float(part.min()), float(part.max()))
     if not largest <= _LARGEST:
         raise ValueError("a vector that is not finite cannot be released with noise")
-    return part.dtype == np.float32 and largest < _SINGLES * step
+    return dtype == np.float32 and largest < _SINGLES * step
+
+
+def whole_sums(
+    part: NDArray[Any], drawn: NDArray[np.int32], scale: Any, *, singles: bool
+) -> NDArray[np.float32]:
+    """`part`, in steps, rounded, and `drawn`, whose memory is used; in single precision.
+
+    Args:
+        part: Any shape.
+        drawn: Of the same shape.
+        scale: `steps_per_unit`, float32, one number or an array to broadcast.
+        singles: As `in_singles` has it; how it was computed does not show in what is given.
+    """
+    if singles:
+        scaled: NDArray[np.float32] = np.multiply(part, scale)
+        np.rint(scaled, out=scaled)
+        drawn += scaled.astype(np.int32)
+        np.copyto(scaled, drawn)
+        return scaled
+    # A double in two parts, of 24 and 29 bits, whose products are exact. What the last addition
+    # rounds is the sum, noise included, as is what follows it.
+    upper = part.astype(np.float32)
+    lower = np.subtract(part, upper, dtype=np.float64)
+    lower *= scale
+    np.rint(lower, out=lower)
+    lower += drawn
+    whole = np.multiply(upper, scale, dtype=np.float64)
+    np.rint(whole, out=whole)
+    whole += lower
+    summed: NDArray[np.float32] = whole.astype(np.float32)
+    return summed
 
 
 def _release(
     part: NDArray[Any], drawn: NDArray[np.int32], step: float, out: NDArray[np.float32]
 ) -> None:
     """Round `part` to steps, add `drawn`, and write the sum to `out`."""
-    scale = np.float32(steps_per_unit(step))
-    if in_singles(part, step):
-        scaled = np.multiply(part, scale)
-        np.rint(scaled, out=scaled)
-        drawn += scaled.astype(np.int32)
-        np.copyto(scaled, drawn)
-    else:
-        # A double in two parts, of 24 and 29 bits, whose products are exact. What the last
-        # addition rounds is the sum, noise included, as is what follows it.
-        upper = part.astype(np.float32)
-        lower = np.subtract(part, upper, dtype=np.float64)
-        lower *= scale
-        np.rint(lower, out=lower)
-        lower += drawn
-        whole = np.multiply(upper, scale, dtype=np.float64)
-        np.rint(whole, out=whole)
-        whole += lower
-        # As above, so that how it was computed does not show in what is released.
-        scaled = whole.astype(np.float32)
+    largest = max(-float(part.min()), float(part.max()))
+    singles = in_singles(largest, step, dtype=part.dtype)
+    scaled = whole_sums(part, drawn, np.float32(steps_per_unit(step)), singles=singles)
     np.multiply(scaled, np.float32(step), out=out)

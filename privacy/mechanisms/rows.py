@@ -6,12 +6,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedward.privacy.mechanisms.noise import (
+    BLOCK,
     NoiseSource,
     add_noise,
     draw_steps,
     in_singles,
     noise_step,
     steps_per_unit,
+    whole_sums,
 )
 from fedward.privacy.mechanisms.normal import RESOLUTION
 from fedward.privacy.mechanisms.sources import SimulatedSource
@@ -38,24 +40,31 @@ def add_noise_to_rows(
         ValueError: As `add_noise`.
     """
     size = rows.shape[1]
-    steps = [
-        noise_step(std, sensitivity=sensitivity, size=size)
-        for std, sensitivity in zip(stds, sensitivities, strict=True)
-    ]
-    if not (rows.size and in_singles(rows, min(steps))):
-        each = zip(rows, stds, sensitivities, sources, strict=True)
+    settings = list(zip(stds, sensitivities, strict=True))
+    # Most sites have the same ones.
+    found = {pair: noise_step(pair[0], sensitivity=pair[1], size=size) for pair in set(settings)}
+    if not rows.size or size > BLOCK:
         released = [
             add_noise(row, std=std, sensitivity=sensitivity, source=source)
-            for row, std, sensitivity, source in each
+            for row, (std, sensitivity), source in zip(rows, settings, sources, strict=True)
         ]
         return np.array(released, dtype=np.float32).reshape(rows.shape)
+    steps = [found[pair] for pair in settings]
+    largest = np.maximum(-rows.min(axis=1), rows.max(axis=1)).tolist()
+    singles = np.array(
+        [
+            in_singles(most, step, dtype=rows.dtype)
+            for most, step in zip(largest, steps, strict=True)
+        ]
+    )
+    scales = np.array([steps_per_unit(step) for step in steps], np.float32)[:, None]
     drawn = _drawn_steps(rows.shape, sources)
-    scaled = rows * np.array([steps_per_unit(step) for step in steps], np.float32)[:, None]
-    np.rint(scaled, out=scaled)
-    drawn += scaled.astype(np.int32)
-    np.copyto(scaled, drawn)
-    scaled *= np.array(steps, np.float32)[:, None]
-    return scaled
+    sums = np.empty(rows.shape, np.float32)
+    for kind in set(singles.tolist()):
+        these = singles == kind
+        sums[these] = whole_sums(rows[these], drawn[these], scales[these], singles=kind)
+    sums *= np.array(steps, np.float32)[:, None]
+    return sums
 
 
 def _drawn_steps(shape: tuple[int, ...], sources: Sequence[NoiseSource]) -> NDArray[np.int32]:
