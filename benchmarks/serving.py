@@ -2,7 +2,7 @@
 
     python benchmarks/serving.py [--quick] [--json]
 
-Every server runs alone in a process of its own on loopback and is asked with the same body, one
+Every server is a process of its own on loopback and is asked in turns with the same body, one
 patient of the heart-disease task as an Open Inference Protocol request. CPU is the server's whole
 process, user and system, for each request; latencies are wrk's. All in one run, so that ratios
 hold on a machine that others share.
@@ -18,13 +18,14 @@ import re
 import shutil
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
 import textwrap
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ import numpy as np
 
 _TICKS = os.sysconf("SC_CLK_TCK")
 _CONNECTIONS = (1, 16)
+_RPC_CALLS = 1000  # a turn
 _FEATURES = [63, 1, 0, 145, 233, 1, 2, 150, 0, 2.3, 2, 0, 1]
 _BODY = {"inputs": [{"name": "input", "datatype": "FP32", "shape": [1, 13], "data": _FEATURES}]}
 _PATH = "/v2/models/heart-disease/infer"
@@ -137,42 +139,54 @@ class Cost:
 def main() -> None:
     """Measure, print, and say which bars hold."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="two seconds a load, not ten")
+    parser.add_argument("--quick", action="store_true", help="three turns of a second, not eleven")
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
     options = parser.parse_args()
     if shutil.which("wrk") is None:
         raise SystemExit("this needs wrk: apt-get install wrk")
-    seconds = 2 if options.quick else 10
     with tempfile.TemporaryDirectory(prefix="fedward-bench-") as folder:
-        result = measure(Path(folder), seconds)
+        result = measure(Path(folder), turns=3 if options.quick else 11)
     if options.json:
         print(json.dumps(result))
     else:
         show(result)
 
 
-def measure(folder: Path, seconds: int) -> dict[str, Any]:
-    """All servers, one after the other."""
+def measure(folder: Path, *, turns: int) -> dict[str, Any]:
+    """All servers at once, asked in turns: neighbours of the machine come and go in seconds."""
     store, key, onnx = _make_store(folder)
-    costs: list[Cost] = []
-    facts: dict[str, float] = {}
-    for name, start in _servers(folder, store, key, onnx).items():
-        with start() as (pid, port, headers):
+    costs: list[list[Cost]] = []
+    facts: dict[str, float] = {"environment_mb": _environment()}
+    with contextlib.ExitStack() as running:
+        servers = {}
+        for name, start in _servers(folder, store, key, onnx).items():
+            pid, port, headers = running.enter_context(start())
             if name == "fedward":
                 facts["ready_cpu_seconds"] = _cpu(pid)
-            script = _wrk_script(folder, headers)
+            script = _wrk_script(folder / f"{name}.lua", headers)
+            servers[name] = (pid, port), script
             _wrk(port, script, connections=1, seconds=1)  # warm up
-            costs += [_cost(name, (pid, port), script, n, seconds) for n in _CONNECTIONS]
-            if name == "fedward":
-                facts["resident_mb"] = _resident(pid)
-    rpc = {name: _rpc_cost(start, 1000 * seconds) for name, start in _rpcs(store).items()}
-    facts["environment_mb"] = _environment()
+        for _ in range(turns):
+            loads = [(name, n) for n in _CONNECTIONS for name in servers]
+            costs.append([_cost(name, *servers[name], n) for name, n in loads])
+        facts["resident_mb"] = _resident(servers["fedward"][0][0])
+    rpc = _rpc_costs(_rpcs(store), turns=turns)
     return {
-        "rest": [asdict(cost) for cost in costs],
-        "grpc_cpu_us": rpc,
+        "rest": [asdict(_median(same)) for same in zip(*costs, strict=True)],
+        "grpc_cpu_us": {name: statistics.median(each) for name, each in rpc.items()},
         **facts,
         "bars": _bars(costs, rpc, facts),
     }
+
+
+def _median(same: Sequence[Cost]) -> Cost:
+    """One server under one load, over all turns."""
+    numbers = [asdict(cost) for cost in same]
+    middle = {
+        field: statistics.median(number[field] for number in numbers)
+        for field in ("requests", "cpu_us", "p50_us", "p99_us", "per_second")
+    }
+    return replace(same[0], **middle)
 
 
 def show(result: dict[str, Any]) -> None:
@@ -216,19 +230,24 @@ def _rpcs(store: Path) -> dict[str, Server]:
 
 
 def _bars(
-    costs: list[Cost], rpc: dict[str, float], facts: dict[str, float]
+    costs: list[list[Cost]], rpc: dict[str, list[float]], facts: dict[str, float]
 ) -> list[dict[str, Any]]:
-    # At one connection as at sixteen: the worse of the two must hold.
+    # The median over turns of each turn's ratio; at one connection as at sixteen: the worse holds.
     def worst(other: str) -> float | None:
-        ours = {c.connections: c.cpu_us for c in costs if c.server == "fedward"}
-        theirs = {c.connections: c.cpu_us for c in costs if c.server == other}
-        return max((ours[n] / theirs[n] for n in theirs), default=None)
+        ratios: dict[int, list[float]] = {}
+        for turn in costs:
+            cost = {(c.server, c.connections): c.cpu_us for c in turn}
+            for n in _CONNECTIONS:
+                if (other, n) in cost:
+                    ratios.setdefault(n, []).append(cost["fedward", n] / cost[other, n])
+        return max((statistics.median(each) for each in ratios.values()), default=None)
 
+    of_no_op = [ours / theirs for ours, theirs in zip(rpc["fedward"], rpc["no-op"], strict=True)]
     measured = [
         ("CPU a request, of the echo's", worst("echo"), 5.0),
         ("CPU a request, of MLServer's", worst("mlserver"), 0.2),
         ("CPU a request, of FastAPI's", worst("fastapi"), 1.0),
-        ("gRPC: CPU a request, of a no-op's", rpc["fedward"] / rpc["no-op"], 1.5),
+        ("gRPC: CPU a request, of a no-op's", statistics.median(of_no_op), 1.5),
         ("environment without torch, MB", facts["environment_mb"], 200.0),
         ("resident, MB", facts["resident_mb"], 100.0),
         ("CPU until ready, s", facts["ready_cpu_seconds"], 1.5),
@@ -381,10 +400,10 @@ def _process(command: list[str], cwd: Path | None = None) -> Iterator[subprocess
             process.wait()
 
 
-def _cost(name: str, where: tuple[int, int], script: Path, connections: int, seconds: int) -> Cost:
+def _cost(name: str, where: tuple[int, int], script: Path, connections: int) -> Cost:
     pid, port = where
     before = _cpu(pid)
-    said = _wrk(port, script, connections=connections, seconds=seconds)
+    said = _wrk(port, script, connections=connections, seconds=1)
     used = _cpu(pid) - before
     count = re.search(r"(\d+) requests in", said)
     if count is None or "Non-2xx" in said or "Socket errors" in said:
@@ -410,8 +429,7 @@ def _wrk(port: int, script: Path, *, connections: int, seconds: int) -> str:
     return done.stdout
 
 
-def _wrk_script(folder: Path, headers: dict[str, str]) -> Path:
-    script = folder / "wrk.lua"
+def _wrk_script(script: Path, headers: dict[str, str]) -> Path:
     lines = ['wrk.method = "POST"', f"wrk.body = [[{json.dumps(_BODY)}]]"]
     for name, value in {"Content-Type": "application/json", **headers}.items():
         lines.append(f'wrk.headers["{name}"] = "{value}"')
@@ -426,8 +444,8 @@ def _latency(said: str, share: str) -> float:
     return float(found[1]) * {"us": 1.0, "ms": 1e3, "s": 1e6}[found[2]]
 
 
-def _rpc_cost(start: Server, calls: int) -> float:
-    """CPU of a call in µs, one after the other over one channel."""
+def _rpc_costs(servers: dict[str, Server], *, turns: int) -> dict[str, list[float]]:
+    """CPU of a call in µs, one after the other over one channel; of each turn."""
     import grpc
 
     from fedward.serving.protobuf import messages
@@ -435,18 +453,27 @@ def _rpc_cost(start: Server, calls: int) -> float:
     request = messages()["ModelInferRequest"](model_name="heart-disease")
     request.inputs.add(name="input", datatype="FP32", shape=[1, 13])
     request.raw_input_contents.append(np.array(_FEATURES, "<f4").tobytes())
-    with start() as (pid, port, _), grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
-        call = channel.unary_unary(
-            "/inference.GRPCInferenceService/ModelInfer",
-            request_serializer=lambda message: message.SerializeToString(),
-            response_deserializer=messages()["ModelInferResponse"].FromString,
-        )
-        for _ in range(200):
-            call(request, wait_for_ready=True, timeout=30)
-        before = _cpu(pid)
-        for _ in range(calls):
-            call(request, timeout=30)
-        return 1e6 * (_cpu(pid) - before) / calls
+    costs: dict[str, list[float]] = {name: [] for name in servers}
+    with contextlib.ExitStack() as running:
+        calls = {}
+        for name, start in servers.items():
+            pid, port, _ = running.enter_context(start())
+            channel = running.enter_context(grpc.insecure_channel(f"127.0.0.1:{port}"))
+            call = channel.unary_unary(
+                "/inference.GRPCInferenceService/ModelInfer",
+                request_serializer=lambda message: message.SerializeToString(),
+                response_deserializer=messages()["ModelInferResponse"].FromString,
+            )
+            calls[name] = pid, call
+            for _ in range(200):
+                call(request, wait_for_ready=True, timeout=30)
+        for _ in range(turns):
+            for name, (pid, call) in calls.items():
+                before = _cpu(pid)
+                for _ in range(_RPC_CALLS):
+                    call(request, timeout=30)
+                costs[name].append(1e6 * (_cpu(pid) - before) / _RPC_CALLS)
+    return costs
 
 
 def _cpu(pid: int) -> float:
