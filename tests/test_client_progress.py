@@ -52,15 +52,19 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return taken
 
 
-def stop_after(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def train_until_stopped(home: Path, request: Payload, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four steps of a round, after which the site stops."""
     plain = Progress.keep
 
     def keep(self: Progress, state: TrainingState) -> None:
         plain(self, state)
-        if state.steps == count:
+        if state.steps == 4:
             raise Stopped
 
-    monkeypatch.setattr(Progress, "keep", keep)
+    with monkeypatch.context() as until:
+        until.setattr(Progress, "keep", keep)
+        with pytest.raises(Stopped):
+            train_round(LocalSite(home), request)
 
 
 def start(home: Path, study: Study) -> NDArray[np.float32]:
@@ -76,10 +80,7 @@ def test_a_site_that_stops_goes_on_at_the_step_and_pays_once(
 ) -> None:
     home, study = admitted(tmp_path)
     request = asked(study, start(home, study))
-    with monkeypatch.context() as until:
-        stop_after(4, until)
-        with pytest.raises(Stopped):
-            train_round(LocalSite(home), request)
+    train_until_stopped(home, request, monkeypatch)
 
     reply = train_round(LocalSite(home), request)
 
@@ -96,10 +97,7 @@ def test_another_model_does_not_go_on_from_there_and_pays(
     tmp_path: Path, steps: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     home, study = admitted(tmp_path)
-    with monkeypatch.context() as until:
-        stop_after(4, until)
-        with pytest.raises(Stopped):
-            train_round(LocalSite(home), asked(study, start(home, study)))
+    train_until_stopped(home, asked(study, start(home, study)), monkeypatch)
 
     train_round(LocalSite(home), asked(study, start(home, study) + 1))
 
@@ -113,10 +111,7 @@ def test_a_state_that_is_not_whole_or_not_of_this_round_is_not_gone_on_from(
 ) -> None:
     home, study = admitted(tmp_path)
     request = asked(study, start(home, study))
-    with monkeypatch.context() as until:
-        stop_after(4, until)
-        with pytest.raises(Stopped):
-            train_round(LocalSite(home), request)
+    train_until_stopped(home, request, monkeypatch)
     (file,) = (home.parent / "a" / "training").iterdir()
     assert file.stat().st_mode & 0o077 == 0
     match spoil:
