@@ -119,11 +119,14 @@ def train_round(site: LocalSite, request: Payload) -> Payload:
     begun = begin_round(site, request)
     if begun.again is not None:
         return finish_round(site, begun, begun.again)
-    if begun.admitted.study.privacy.mode == "distributed":
+    study = begun.admitted.study
+    if study.privacy.mode == "distributed" and not study.protects_sites:
         return _finish_shared(site, begun, _own_sum(site, begun))
     update = site.train(
         begun.admitted, begun.parameters, round_number=begun.number, paid=begun.reservation
     )
+    if study.protects_sites:
+        return _finish_whole(site, begun, update)
     return finish_round(site, begun, update)
 
 
@@ -232,13 +235,29 @@ def _finish_shared(site: LocalSite, begun: Round, total: Vector) -> Payload:
     return answer
 
 
+def _finish_whole(site: LocalSite, begun: Round, update: Vector) -> Payload:
+    """As `_finish_shared`, of an update that no noise is in yet: it is clipped where it is masked.
+
+    One that is not finite leaves as zero, and the site's own people find it counted.
+    """
+    if not np.isfinite(update).all():
+        site.note_zeroed(begun.admitted.study, begun.number)
+    answer = _finish_shared(site, begun, update)
+    if begun.reservation is not None:
+        progress = site.progress(begun.admitted.study, begun.reservation, begun.parameters)
+        if progress is not None:
+            progress.forget()
+    return answer
+
+
 def evaluate_release(site: LocalSite, request: Payload) -> Payload:
     """Metrics of a model on the held-out patients, as sums, and what the run has cost.
 
     Where the study is private, so are the sums: each row of a held-out patient, of at most
     `max_records`, adds one to one cell of a histogram, and to one more for each field with
     subgroups; Gaussian noise at the study's epsilon covers that. It is released once; asked again,
-    the site answers with the same.
+    the site answers with the same. Where whole sites are protected there are no sums: each would
+    be of one site alone.
 
     Raises:
         AdmissionRefused, BudgetExceeded, UpdateRejected: Nothing was released.
@@ -247,6 +266,11 @@ def evaluate_release(site: LocalSite, request: Payload) -> Payload:
     study = admitted.study
     task, model = site.model(study, request.arrays.get("parameters"))
     forget(site, study)
+    if study.protects_sites:
+        budget = site.budget(admitted)
+        if budget.is_open:
+            budget.close()
+        return Payload({"site": site.name, "privacy": budget.statement()})
     private = study.privacy.mode != "none"
     groups = groupings(task.schema, study.evaluation.subgroups)
     if groups:

@@ -12,8 +12,8 @@ from typing import Any
 from fedward.core.errors import LedgerCorrupt
 from fedward.core.identity import Identity
 from fedward.core.site import Site, load_site
-from fedward.privacy.accounting import Unit
-from fedward.privacy.accounting.events import Leaves, event_of, leaves
+from fedward.privacy.accounting import Unit, privacy_spent
+from fedward.privacy.accounting.events import Leaves, event_of, inside_a_site, leaves
 from fedward.privacy.ledger import Entry, Ledger, Population
 from fedward.privacy.ledger.simulated import take_out
 from fedward.privacy.units import guarantees_to_json, patient_guarantees, worst_guarantees
@@ -96,11 +96,17 @@ def _patients(
         if entry.kind != "reserve" or (study and entry.study != study):
             continue
         if entry.population in {population, "all"}:
-            by_unit[entry.unit == "record"].update(leaves(entry.event))
+            by_unit[entry.unit == "record"].update(_borne(entry))
     found = patient_guarantees(
         event_of(by_unit[True]), delta=delta, beside=event_of(by_unit[False])
     )
     return {"patients": guarantees_to_json(found)}
+
+
+def _borne(entry: Entry) -> Leaves:
+    """What a patient bears of an entry."""
+    counted = leaves(entry.event)
+    return inside_a_site(counted) if entry.unit == "site" else counted
 
 
 def _by_study(ledger: Ledger, entries: Sequence[Entry], delta: float) -> list[dict[str, Any]]:
@@ -123,6 +129,12 @@ def _by_study(ledger: Ledger, entries: Sequence[Entry], delta: float) -> list[di
         spent, population = ledger.spent_by(study, delta), row["population"]
         row.update({"epsilon": spent.to_json()["epsilon"], "unit": spent.unit, "note": spent.note})
         row.update(_patients(entries, delta, unit=spent.unit, population=population, study=study))
+        if spent.unit == "site":
+            total: Leaves = Counter()
+            for entry in entries:
+                if entry.kind == "reserve" and entry.study == study:
+                    total.update(_borne(entry))
+            row["patient"] = privacy_spent(event_of(total), delta=delta, unit="patient").to_json()
     return list(studies.values())
 
 

@@ -9,6 +9,7 @@ from fedward.core.site import Site
 from fedward.core.study import Study
 from fedward.privacy.accounting import (
     DpEvent,
+    PrivacySpent,
     calibrate_gaussian,
     compose,
     dp_sgd_event,
@@ -16,7 +17,7 @@ from fedward.privacy.accounting import (
     gaussian_event,
     privacy_spent,
 )
-from fedward.privacy.accounting.events import Leaves, event_of, leaves
+from fedward.privacy.accounting.events import Leaves, event_of, inside_a_site, leaves
 from fedward.privacy.ledger import Ledger, Reservation
 from fedward.privacy.units import guarantees_to_json, patient_guarantees
 from fedward.transport.monitor import metrics_sensitivity, monitor_round, monitor_sensitivity
@@ -30,7 +31,8 @@ class Budget:
     """One private study at one site.
 
     Training patients and held-out patients are two populations that no patient is both of, so
-    each has the study's whole epsilon; see docs/privacy.md.
+    each has the study's whole epsilon; see docs/privacy.md. A site is both, so where sites are
+    protected nothing of held-out patients is released.
     """
 
     site: Site
@@ -64,6 +66,8 @@ class Budget:
             unit=self.study.privacy.unit,
             population="training",
         )
+        if self.study.protects_sites:
+            return
         self.ledger.allot(
             study=self._evaluation,
             event=gaussian_event(self.evaluation_noise),
@@ -82,7 +86,7 @@ class Budget:
         Raises:
             BudgetExceeded: Nothing was recorded; train nothing.
         """
-        event = self._steps(self.plan.steps)
+        event = self._rounds(1)
         if self.begun(round_number) is not None:
             policy = self.site.policy
             self.ledger.extend(
@@ -115,16 +119,26 @@ class Budget:
 
     def close(self) -> None:
         """End the study: what it did not use is free again."""
-        for study in (self.study.hash, self._evaluation):
+        studies = (self.study.hash, self._evaluation)
+        for study in studies[:1] if self.study.protects_sites else studies:
             self.ledger.close(study, delta=self.site.policy.delta)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the study may still spend."""
+        mine = (entry for entry in self.ledger.entries() if entry.study == self.study.hash)
+        return any(entry.kind == "allot" and entry.state == "open" for entry in mine)
 
     def statement(self) -> dict[str, Any]:
         """What the study has cost, as it goes into the release.
 
-        Where records are protected, what that means for patients with several stands beside it.
+        Where records are protected, what that means for patients with several stands beside it;
+        where sites are, what it means for one of their patients.
         """
         delta = self.study.privacy.delta
         spent = self.ledger.spent_by(self.study.hash, delta)
+        if self.study.protects_sites:
+            return self._statement_of_site(spent)
         evaluation = self.ledger.spent_by(self._evaluation, delta)
         extra: dict[str, Any] = {"not_covered": _ACCEPTANCE} if self.site.policy.judges else {}
         if self.study.monitor is not None:
@@ -153,17 +167,44 @@ class Budget:
             "ledger_head": self.ledger.head,
         }
 
+    def _statement_of_site(self, spent: PrivacySpent) -> dict[str, Any]:
+        recorded = self._recorded(self.study.hash)
+        inside = event_of(inside_a_site(leaves(recorded)))
+        patient = privacy_spent(inside, delta=self.study.privacy.delta, unit="patient")
+        extra = {"not_covered": _ACCEPTANCE} if self.site.policy.judges else {}
+        return {
+            **extra,
+            **spent.to_json(),
+            # Each round is one release of everything: no sampling.
+            "noise_multiplier": self.plan.noise_multiplier,
+            "sample_rate": 1.0,
+            "steps": self.plan.rounds,
+            "event": event_to_json(recorded),
+            "patient": {
+                **patient.to_json(),
+                "noise_multiplier": self.plan.noise_multiplier / 2,
+                "event": event_to_json(inside),
+            },
+            "ledger_head": self.ledger.head,
+        }
+
     @property
     def _evaluation(self) -> str:
         return f"{self.study.hash}/held-out"
 
     def _whole_run(self) -> DpEvent:
-        steps = self._steps(self.plan.steps * self.plan.rounds)
+        training = self._rounds(self.plan.rounds)
         if self.study.monitor is None:
-            return steps
-        return compose([steps, gaussian_event(self.plan.monitor_noise)])
+            return training
+        return compose([training, gaussian_event(self.plan.monitor_noise)])
 
-    def _steps(self, steps: int) -> DpEvent:
+    def _rounds(self, rounds: int) -> DpEvent:
+        if self.study.protects_sites:
+            # However many steps a round has: its one release is of the whole update.
+            return dp_sgd_event(
+                noise_multiplier=self.plan.noise_multiplier, sample_rate=1.0, steps=rounds
+            )
+        steps = self.plan.steps * rounds
         return dp_sgd_event(
             noise_multiplier=self.plan.noise_multiplier,
             sample_rate=self.plan.sample_rate,

@@ -6,6 +6,7 @@ process for a whole run or a new one for each message.
 
 import hashlib
 import json
+import os
 import secrets
 from dataclasses import dataclass
 from functools import cached_property
@@ -36,6 +37,8 @@ from fedward.strategies.strategy import Vector
 from fedward.tasks.parameters import from_vector, to_vector
 from fedward.tasks.registry import get_task
 from fedward.tasks.task import Examples, Table, Task
+
+ZEROED = "zeroed.jsonl"
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,6 +232,17 @@ class LocalSite:
             resume=None if progress is None else progress.newest(),
             checkpoint=None if progress is None else progress.keep,
         ).update
+
+    def note_zeroed(self, study: Study, round_number: int) -> None:
+        """Add a line to the site's `zeroed.jsonl`: a round's update was not finite, and was zero.
+
+        For the site's own people; outside it would be a fact about its patients.
+        """
+        self.state.mkdir(parents=True, exist_ok=True, mode=0o700)
+        line = json.dumps({"study": study.hash, "round": round_number}) + "\n"
+        descriptor = os.open(self.state / ZEROED, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(line)
 
     def size(self, study: Study) -> int:
         """Number of parameters of the study's model."""

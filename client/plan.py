@@ -24,6 +24,7 @@ class SitePlan:
         rounds: Rounds of the run.
         noise_multiplier: Noise standard deviation over clip norm, of the site's own noise or, in
             mode "distributed", of that in the sum of the fewest sites; 0 only in mode "none".
+            Where sites are protected `clip_norm` is that of a whole update.
         monitor_noise: Likewise of the histograms for drift; 0 where the study asks for none.
     """
 
@@ -107,9 +108,10 @@ def plan_site(study: Study, site: Site, *, sites: int = 0, size: int = 0) -> Sit
 def training_plan(study: Study, plan: SitePlan, *, round_number: int) -> TrainingPlan:
     """What the trainer is told for one round, from 1."""
     training, privacy = study.training, study.privacy
+    # Where whole sites are protected, the update is clipped and the sum noised.
     guarantee = (
         NotPrivate()
-        if privacy.mode == "none"
+        if privacy.mode == "none" or study.protects_sites
         else Private(clip_norm=privacy.clip_norm, noise_multiplier=plan.noise_multiplier)
     )
     return TrainingPlan(

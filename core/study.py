@@ -81,7 +81,9 @@ class StrategySection(Section):
 class PrivacySection(Section):
     """`[privacy]`: the guarantee of the whole run, per unit.
 
-    In mode "distributed" it holds against the coordinator together with `colluders` sites.
+    In mode "distributed" it holds against the coordinator together with `colluders` sites. With
+    `unit = "site"` what is protected is all that a hospital holds: it trains without noise,
+    `clip_norm` bounds its whole update of a round, and the sum over the sites carries the noise.
     """
 
     mode: Mode
@@ -108,6 +110,13 @@ class PrivacySection(Section):
                 raise ValueError(f'mode = "{self.mode}" needs epsilon, such as epsilon = 4.0')
             if self.acknowledge is not None:
                 raise ValueError('acknowledge belongs to mode = "none"; remove it')
+        if self.unit == "site" and self.mode == "local":
+            raise ValueError(
+                'unit = "site" cannot be had in mode = "local": a hospital\'s own noise would have '
+                "to hide the whole hospital from the coordinator, and with it what it learnt; "
+                'choose mode = "distributed" with [aggregation] secure = true, where the '
+                'noise of all sites hides each of them, or unit = "patient"'
+            )
         if self.unit == "record" and self.max_records > 1:
             raise ValueError(
                 f"max_records = {self.max_records} bounds a patient's rows where the unit is the "
@@ -340,7 +349,7 @@ class Study(Section):
         if privacy.unit == "site":
             raise ValueError(
                 '[privacy] unit = "site" has no bound on what a hospital adds to a histogram; '
-                "remove [monitor]"
+                'remove [monitor], or choose unit = "patient"'
             )
         if monitor.epsilon is None:
             raise ValueError("[monitor] needs epsilon, such as epsilon = 0.5: it is never free")
@@ -350,6 +359,26 @@ class Study(Section):
                 f"{privacy.epsilon:g} for training"
             )
         return monitor
+
+    @field_validator("evaluation")
+    @classmethod
+    def _sites_report_no_metrics(
+        cls, evaluation: EvaluationSection, info: ValidationInfo
+    ) -> EvaluationSection:
+        privacy = info.data.get("privacy")
+        by_site = privacy is not None and privacy.mode != "none" and privacy.unit == "site"
+        if by_site and evaluation.subgroups:
+            raise ValueError(
+                '[privacy] unit = "site" lets no metrics leave a hospital, for each would be of '
+                "one hospital alone; remove [evaluation] subgroups, and let hospitals judge the "
+                "release themselves ([policy] min_auroc)"
+            )
+        return evaluation
+
+    @property
+    def protects_sites(self) -> bool:
+        """Whether what is protected is all that a hospital holds."""
+        return self.privacy.mode != "none" and self.privacy.unit == "site"
 
     @cached_property
     def hash(self) -> str:

@@ -172,6 +172,10 @@ def privacy_line(privacy: Mapping[str, Any]) -> str:
         from fedward.privacy.units import guarantees_line
 
         line += f"\n{guarantees_line(privacy['patients'])}"
+    if privacy["unit"] == "site":
+        from fedward.privacy.units import patient_line
+
+        line += f"\n{patient_line(privacy['patient'])}"
     notes = {site["note"] for site in privacy["sites"].values() if site.get("note")}
     line += "".join(f"\n[yellow]{note}[/yellow]" for note in sorted(notes))
     if not privacy["private"]:

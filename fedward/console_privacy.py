@@ -27,7 +27,7 @@ def print_ledger(value: Mapping[str, Any]) -> None:
         study["study"]: _COLOURS[i % len(_COLOURS)] for i, study in enumerate(value["studies"])
     }
     table = Table(box=box.SIMPLE_HEAD, title=f"Ledger of {value['site']}", title_style="bold")
-    mixed = len({study["unit"] for study in value["studies"]}) > 1
+    mixed = any(study["unit"] != spent["unit"] for study in value["studies"])
     per = ["per"] if mixed else []  # else it stands below, with the total
     for name in ("study", "patients", "rounds", "from", "to", "epsilon", *per, "state"):
         right = name in {"rounds", "epsilon"}
@@ -44,6 +44,12 @@ def print_ledger(value: Mapping[str, Any]) -> None:
             study["state"],
         )
     _OUT.print(table)
+    for study in value["studies"]:
+        if "patient" in study:
+            from fedward.privacy.units import patient_line
+
+            means = patient_line(study["patient"])
+            _OUT.print(f"{study['study'][:10]} is per site, and means {means}", soft_wrap=True)
     for line in picture(value["history"], limit=limit, colours=colours):
         _OUT.print(line)
     if spent["epsilon"] is None:

@@ -4,7 +4,9 @@
 - *patient*: neighbours differ by one patient with all rows. Fedward samples patients, sums the
   gradients of one patient's rows (at most `max_records` of them) and clips the sum as one vector,
   so that the patient is what the accountant calls an element.
-- *site*: neighbours differ by a whole hospital.
+- *site*: neighbours differ by all that a hospital holds: its update, or none. The update of a whole
+  round is clipped as one vector. What a patient of the hospital has of that is
+  `fedward.privacy.accounting.events.inside_a_site`.
 """
 
 import functools
@@ -65,6 +67,22 @@ def guarantees_line(guarantees: Sequence[Mapping[str, Any]]) -> str:
     return (
         f"per patient ({first['neighboring_relation']}, delta {first['delta']:g}, "
         f"{first['accountant'].upper()}): {', '.join(figures)}"
+    )
+
+
+def patient_line(spent: Mapping[str, Any] | None) -> str:
+    """What an epsilon per site means for one of the site's patients, in one line.
+
+    Args:
+        spent: As `PrivacySpent.to_json` makes it; None where a site did not say.
+    """
+    if spent is None:
+        return "what that means for a patient of a site is not known"
+    epsilon = "no finite epsilon" if spent["epsilon"] is None else f"epsilon {spent['epsilon']:.2f}"
+    return (
+        f"{epsilon} per patient (delta {spent['delta']:g}, {spent['neighboring_relation']}, "
+        f"{spent['accountant'].upper()}): a patient more makes a site's update another one, and "
+        "two differ by up to twice the clip norm"
     )
 
 

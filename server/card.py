@@ -82,7 +82,9 @@ def card_json(
             ],
         },
         "limits": [
-            "Evaluated on held-out patients of the sites named here; accept it on yours first.",
+            "Evaluated on held-out patients of the sites named here; accept it on yours first."
+            if metrics.get("pooled")
+            else "The publisher has seen no metrics of it; accept it on your own patients first.",
             "It states associations in past data; a contribution is not a cause.",
             "Missing values are allowed and make an answer less certain; the answer names them.",
         ],

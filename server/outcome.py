@@ -1,8 +1,9 @@
 """How a run ends: evaluation at the sites, the privacy statement, the release."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,16 @@ from fedward.core.errors import ConfigError, RegistryUnreachable, UpdateRejected
 from fedward.core.identity import Identity
 from fedward.core.run import RunDirectory
 from fedward.core.study import Study
-from fedward.privacy.accounting import calibrate_gaussian
+from fedward.privacy.accounting import (
+    DpEvent,
+    PrivacySpent,
+    Unit,
+    calibrate_gaussian,
+    privacy_spent,
+)
+from fedward.privacy.accounting.events import event_of, inside_a_site, leaves
 from fedward.privacy.secagg import least_threshold
+from fedward.privacy.units import RECORDS_SHOWN, patient_guarantee
 from fedward.server.channel import Reply
 from fedward.server.execution import Execution
 from fedward.server.members import Member
@@ -28,8 +37,15 @@ from fedward.tasks.subgroups import groupings, of_everybody, of_group, with_grou
 from fedward.tasks.task import Sums, Task, add_sums
 from fedward.transport.monitor import metrics_sensitivity, monitor_mechanism
 from fedward.transport.payload import Payload
-from fedward.transport.sums import distributed_mechanism, fewest_sites
+from fedward.transport.sums import distributed_mechanism, fewest_sites, released_rate
 
+# e to the power of it, times what the discrete noise may fail with, is far below any delta.
+_MOST_OF_A_PATIENT = 30.0
+_NO_PROMISE = {
+    "epsilon": None,
+    "neighboring_relation": "add-or-remove-one",
+    "accountant": "pld",
+}
 _ADVERSARY = "the coordinator with up to {} colluding sites, and anyone outside"
 
 
@@ -63,8 +79,9 @@ def collect_outcome(execution: Execution, parameters: Vector) -> Outcome:
         except (UpdateRejected, KeyError) as error:
             run.event("not evaluated", site=member.site, reason=str(error))
             continue
-        tally.add(member.site, sums)
-        run.event("evaluated", site=member.site)
+        if sums:
+            tally.add(member.site, sums)
+            run.event("evaluated", site=member.site)
     metrics = tally.metrics() | _across_sites(study, execution.task, tally)
     statement = _statement(
         study,
@@ -238,6 +255,8 @@ def _read_reply(member: Member, reply: Reply) -> Payload:
 
 
 def _shapes_of_sums(task: Task, study: Study) -> dict[str, tuple[int, ...]]:
+    if study.protects_sites:
+        return {}  # what a site's patients say of the model would be of one site alone
     nobody = task.metrics(torch.zeros(0, 1), torch.zeros(0))
     one = task.private_metrics(nobody) if study.privacy.mode != "none" else nobody
     groups = groupings(task.schema, study.evaluation.subgroups)
@@ -284,7 +303,9 @@ def adversaries(study: Study, *, sites: int, size: int) -> list[dict[str, Any]]:
     """What a distributed run's noise is worth against the coordinator with ever more sites.
 
     A site that tells its share to the coordinator takes its noise out of the sum. Where nothing
-    can be promised any more, `epsilon` is None.
+    can be promised any more, `epsilon` is None. Where records are protected a row says what that
+    means for patients with several (`patients`); where sites are, for one of their patients
+    (`patient`).
 
     Args:
         study: In mode "distributed".
@@ -296,20 +317,53 @@ def adversaries(study: Study, *, sites: int, size: int) -> list[dict[str, Any]]:
     monitor = None if study.monitor is None else monitor_mechanism(study, sites=sites)
     rows = []
     for colluders in (0, least_threshold(sites, study.aggregation.adversary) - 1):
-        try:
-            against = mechanism.against(survivors=fewest, colluders=colluders)
-            beside = monitor and monitor.against(survivors=fewest, colluders=colluders)
-            spent = against.spent(
-                sample_rate=study.training.sample_rate or 1.0,
-                steps=study.study.rounds,
-                delta=privacy.delta,
-                unit=privacy.unit,
-                beside=beside,
-            ).to_json()
-        except ValueError:
-            spent = {"epsilon": None, "delta": privacy.delta, "unit": privacy.unit}
-        rows.append({"who": "the coordinator", "colluders": colluders, **spent})
+
+        def priced(
+            price: Callable[[DpEvent, float], PrivacySpent],
+            unit: Unit,
+            ceiling: float = 20.0,
+            colluders: int = colluders,
+        ) -> dict[str, Any]:
+            try:
+                beside = monitor and monitor.against(survivors=fewest, colluders=colluders)
+                return (
+                    mechanism.against(survivors=fewest, colluders=colluders)
+                    .bound(
+                        price,
+                        sample_rate=released_rate(study),
+                        steps=study.study.rounds,
+                        delta=privacy.delta,
+                        beside=beside,
+                        ceiling=ceiling,
+                    )
+                    .to_json()
+                )
+            except ValueError:
+                return {**_NO_PROMISE, "delta": privacy.delta, "unit": unit}
+
+        row = priced(
+            lambda e, delta: privacy_spent(e, delta=delta, unit=privacy.unit), privacy.unit
+        )
+        if privacy.unit == "record":
+            row["patients"] = [
+                {
+                    "records": records,
+                    **priced(partial(_of_records, records=records), "patient", _MOST_OF_A_PATIENT),
+                }
+                for records in RECORDS_SHOWN
+            ]
+        if privacy.unit == "site":
+            row["patient"] = priced(_of_one_inside, "patient", _MOST_OF_A_PATIENT)
+        rows.append({"who": "the coordinator", "colluders": colluders, **row})
     return rows
+
+
+def _of_records(event: DpEvent, delta: float, *, records: int) -> PrivacySpent:
+    return patient_guarantee(event, records=records, delta=delta)
+
+
+def _of_one_inside(event: DpEvent, delta: float) -> PrivacySpent:
+    return privacy_spent(event_of(inside_a_site(leaves(event))), delta=delta, unit="patient")
 
 
 def _statement(

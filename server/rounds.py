@@ -129,7 +129,10 @@ def refuse_impossible(study: Study, roster: Roster | None) -> None:
             key="[privacy] mode",
         )
     if study.privacy.mode == "distributed":
-        _refuse_half_distributed(study)
+        if study.protects_sites:
+            _refuse_plain_sums(study)
+        else:
+            _refuse_half_distributed(study)
     if study.aggregation.secure and roster is None:
         raise ConfigError(
             "= true needs the consortium's roster at the coordinator; give it with --roster",
@@ -154,9 +157,13 @@ def refuse_impossible(study: Study, roster: Roster | None) -> None:
             file="study",
             key="[aggregation] audit_rounds",
         )
-    if study.privacy.unit == "site" and study.privacy.mode == "local":
+
+
+def _refuse_plain_sums(study: Study) -> None:
+    if not study.aggregation.secure:
         raise ConfigError(
-            '= "site" goes with mode = "central"; local noise protects patients',
+            '= "site" hides each hospital in the sum of all, and [aggregation] secure = false '
+            "shows each by itself; set it to true",
             file="study",
             key="[privacy] unit",
         )
@@ -174,7 +181,6 @@ def _refuse_half_distributed(study: Study) -> None:
         '[training] schedule = "constant" and averaging = "last"': (
             training.schedule != "constant" or training.averaging != "last"
         ),
-        '[privacy] unit = "patient" or "record"': study.privacy.unit == "site",
     }
     for needed, is_wrong in wrong.items():
         if is_wrong:

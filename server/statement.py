@@ -1,9 +1,10 @@
 """What a release promises about privacy: `privacy.json`, and its one line."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
-from fedward.privacy.units import guarantees_line, worst_guarantees
+from fedward.privacy.units import guarantees_line, patient_line, worst_guarantees
 
 _MECHANISMS = {
     "none": "none",
@@ -11,6 +12,9 @@ _MECHANISMS = {
     "distributed": "discrete noise of all sites, inside a secure sum",
     "central": "Gaussian noise of a trusted coordinator on clipped site updates",
 }
+_OF_SITES = (
+    "each site's whole update clipped, discrete noise of all sites, inside a secure sum (DP-FedAvg)"
+)
 _HISTOGRAMS = "noised histograms of the training patients' inputs and predictions, for drift"
 _NOT_COVERED = {
     True: ["anything: weights and metrics are exact"],
@@ -19,6 +23,7 @@ _NOT_COVERED = {
         "a patient of several of the sites, who has lost what all of them state together",
     ],
 }
+_WHO = "in which rounds a site was in the sum"
 _NEEDED = ("mode", "unit", "delta", "neighboring_relation", "accountant", "sites", "simulated")
 
 
@@ -33,7 +38,8 @@ def privacy_statement(privacy: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
         The same with `mechanism`, `epsilon` (the largest over sites), `private`, `reason` (why
         not, or None), `statement` and `not_covered`; where the unit is the record also `patients`:
-        the same for patients with several records, the largest over sites.
+        the same for patients with several records, the largest over sites; where it is the site
+        also `patient`: the same for one patient of a site, None if a site did not say.
 
     Raises:
         ValueError: A key is missing. There is no default: silence would read as a promise.
@@ -56,22 +62,32 @@ def privacy_statement(privacy: Mapping[str, Any]) -> dict[str, Any]:
         reason = "a site's epsilon is not known"
     known = [float(epsilon) for epsilon in epsilons if epsilon is not None]
     epsilon = max(known, default=None)
+    of_sites = mode == "distributed" and privacy["unit"] == "site"
     also = "; and once, " + _HISTOGRAMS if privacy.get("monitor") and mode != "none" else ""
     statement = {
-        "mechanism": _MECHANISMS[mode] + also,
+        "mechanism": (_OF_SITES if of_sites else _MECHANISMS[mode]) + also,
         **privacy,
         "sites": {name: dict(site) for name, site in sites.items()},
         "epsilon": epsilon,
         "private": reason is None,
         "reason": reason,
-        "not_covered": _NOT_COVERED[mode == "none"],
+        "not_covered": _NOT_COVERED[mode == "none"] + ([_WHO] if of_sites else []),
     }
     if privacy.get("unit") == "record" and mode != "none":
         statement["patients"] = worst_guarantees(
             site.get("patients") or [] for site in sites.values()
         )
+    if privacy.get("unit") == "site" and mode != "none":
+        told: list[Mapping[str, Any]] = [s["patient"] for s in sites.values() if s.get("patient")]
+        complete = told and len(told) == len(sites)
+        statement["patient"] = max(told, key=_epsilon) if complete else None
     statement["statement"] = _one_line(statement)
     return statement
+
+
+def _epsilon(spent: Mapping[str, Any]) -> float:
+    """Of a figure; None there is no bound."""
+    return math.inf if spent["epsilon"] is None else float(spent["epsilon"])
 
 
 def _one_line(privacy: Mapping[str, Any]) -> str:
@@ -84,6 +100,8 @@ def _one_line(privacy: Mapping[str, Any]) -> str:
         )
         if privacy["unit"] == "record":
             spent += "; " + guarantees_line(privacy["patients"])
+        if privacy["unit"] == "site":
+            spent += "; " + patient_line(privacy["patient"])
         notes = {site["note"] for site in privacy["sites"].values() if site.get("note")}
         spent += "".join(f"; {note}" for note in sorted(notes))
     if privacy["private"]:

@@ -193,6 +193,7 @@ def _site_values(
     site: dict[str, Any] = {"name": name, "state": f"../state/{name}", "simulated": True}
     if not durable:
         site["ledgers"] = f"../{LEDGERS}"
+    epsilon = study.privacy.epsilon or 0.0
     data: dict[str, Any] = {"source": "embedded", "dataset": dataset, "partition": name}
     if path is not None:
         data["path"] = path
@@ -201,7 +202,8 @@ def _site_values(
         "data": {**data, "public_size": public_size, "held_out": study.simulation.held_out},
         "policy": {
             "tasks": (study.study.task,),
-            "max_epsilon": max(8.0, 2 * (study.privacy.epsilon or 0.0)),
+            # Of a patient, who bears more where it is the site that the study's epsilon is for.
+            "max_epsilon": max(8.0, (4 if study.protects_sites else 2) * epsilon),
             "delta": study.privacy.delta,
             "min_sites": 1,
             "require_secure_aggregation": False,

@@ -221,6 +221,12 @@ def _statement(privacy: Mapping[str, Any]) -> str:
         if histograms
         else ""
     )
+    held_out = (
+        "No metrics left a hospital: the figures above are this simulation's own."
+        if privacy["unit"] == "site"
+        else "Held-out patients are covered at the same epsilon by noise on the metrics that the "
+        "hospitals report."
+    )
     return (
         '<h2>Privacy statement</h2><div class="panel"><table><tr><th>hospital</th>'
         "<th>epsilon (PLD)</th><th>epsilon (RDP)</th><th>noise multiplier</th>"
@@ -228,10 +234,10 @@ def _statement(privacy: Mapping[str, Any]) -> str:
         f'<p class="small">delta {privacy["delta"]:g}, per {_e(privacy["unit"])}, '
         f"{_e(privacy['neighboring_relation'])}, clip norm {privacy['clip_norm']:g}. Both figures "
         f"are upper bounds; the one by PLD is claimed. {included}Holds against "
-        f"{_e(privacy['adversary'])}. Held-out patients are covered at the same epsilon by "
-        "noise on the metrics that the hospitals report.</p>"
+        f"{_e(privacy['adversary'])}. {held_out}</p>"
         + _notes(privacy)
         + _patients(privacy)
+        + _inside(privacy)
         + _adversaries(privacy)
     )
 
@@ -269,17 +275,34 @@ def _patients(privacy: Mapping[str, Any]) -> str:
     )
 
 
-def _adversaries(privacy: Mapping[str, Any]) -> str:
-    rows = "".join(
-        f"<tr><td>{_e(row['who'])} and {row['colluders']} sites</td>"
-        f"<td>{_f(row['epsilon'], 3) if row['epsilon'] is not None else 'no promise'}</td></tr>"
-        for row in privacy.get("adversaries", ())
-    )
-    if not rows:
+def _inside(privacy: Mapping[str, Any]) -> str:
+    """What figures per site mean for a patient of one."""
+    if privacy["unit"] != "site":
         return ""
+    from fedward.privacy.units import patient_line
+
+    return f'<p class="note">{_e(patient_line(privacy["patient"]))}.</p>'
+
+
+def _adversaries(privacy: Mapping[str, Any]) -> str:
+    against = privacy.get("adversaries", ())
+    if not against:
+        return ""
+    # What a unit's epsilon means for a patient, where the unit is another one.
+    more = [f"patient with {row['records']} records" for row in against[0].get("patients", ())]
+    more += ["patient"] if "patient" in against[0] else []
+    rows = ""
+    for row in against:
+        inside = [*row.get("patients", ()), *([row["patient"]] if "patient" in row else [])]
+        cells = "".join(
+            f"<td>{_f(one['epsilon'], 3) if one['epsilon'] is not None else 'no promise'}</td>"
+            for one in (row, *inside)
+        )
+        rows += f"<tr><td>{_e(row['who'])} and {row['colluders']} sites</td>{cells}</tr>"
+    head = "".join(f"<th>per {_e(name)}</th>" for name in more)
     return (
         '<div class="panel"><table><tr><th>who works together</th>'
-        f"<th>epsilon at most, per {_e(privacy['unit'])}</th></tr>{rows}</table></div>"
+        f"<th>epsilon at most, per {_e(privacy['unit'])}</th>{head}</tr>{rows}</table></div>"
     )
 
 

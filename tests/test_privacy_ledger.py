@@ -197,11 +197,53 @@ def test_populations_bear_what_is_theirs_and_what_is_charged_to_all(ledger: Ledg
 
 
 def test_a_total_is_reported_for_the_smallest_unit_that_was_charged(ledger: Ledger) -> None:
-    units: list[tuple[str, Unit]] = [("a", "site"), ("b", "patient"), ("c", "record")]
-    for study, unit in units:
-        ledger.allot(study=study, event=steps(1), max_epsilon=8.0, delta=DELTA, unit=unit)
-        ledger.reserve(study=study, round_number=1, event=steps(1))
-        assert ledger.spent(DELTA).unit == unit
+    units: list[tuple[str, Unit, Unit]] = [
+        ("a", "site", "patient"),  # whole sites are counted as their patients bear it
+        ("b", "patient", "patient"),
+        ("c", "record", "record"),
+    ]
+    for study, unit, reported in units:
+        event = gaussian_event(30.0)
+        ledger.allot(study=study, event=event, max_epsilon=8.0, delta=DELTA, unit=unit)
+        ledger.reserve(study=study, round_number=1, event=event)
+        assert ledger.spent(DELTA).unit == reported
+
+
+def test_what_protects_sites_is_counted_as_their_patients_bear_it(ledger: Ledger) -> None:
+    rounds = dp_sgd_event(noise_multiplier=8.0, sample_rate=1.0, steps=10)
+    ledger.allot(study="sites", event=rounds, max_epsilon=8.0, delta=DELTA, unit="site")
+    for number in range(1, 6):
+        ledger.reserve(study="sites", round_number=number, event=gaussian_event(8.0))
+    allot(ledger, "patients", steps(STEPS))
+    ledger.reserve(study="patients", round_number=1, event=steps(STEPS))
+
+    halved = dp_sgd_event(noise_multiplier=4.0, sample_rate=1.0, steps=5)
+    assert ledger.spent_by("sites", DELTA).unit == "site"
+    assert ledger.spent_by("sites", DELTA).epsilon == pytest.approx(
+        epsilon_of(dp_sgd_event(noise_multiplier=8.0, sample_rate=1.0, steps=5))
+    )
+    assert ledger.spent(DELTA).epsilon == pytest.approx(epsilon_of(halved, steps(STEPS)))
+    assert ledger.history(DELTA)[-1].epsilon == pytest.approx(ledger.spent(DELTA).epsilon)
+    ledger.verify()
+
+
+def test_the_limit_is_held_against_what_a_patient_of_the_site_bears(ledger: Ledger) -> None:
+    event = gaussian_event(2.0)
+    of_site, of_patient = epsilon_of(event), epsilon_of(gaussian_event(1.0))
+    limit = (of_site + of_patient) / 2
+
+    with pytest.raises(BudgetExceeded) as refused:
+        ledger.allot(study="s", event=event, max_epsilon=limit, delta=DELTA, unit="site")
+
+    assert refused.value.asked == pytest.approx(of_patient)
+    assert of_site < limit < of_patient
+
+
+def test_whole_sites_that_are_sampled_have_no_price_for_a_patient(ledger: Ledger) -> None:
+    with pytest.raises(ValueError, match="sampled"):
+        ledger.allot(study="s", event=steps(1), max_epsilon=8.0, delta=DELTA, unit="site")
+
+    assert len(ledger.entries()) == 1
 
 
 def test_entries_tell_the_story(ledger: Ledger) -> None:

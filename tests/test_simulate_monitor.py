@@ -282,7 +282,7 @@ def test_off_costs_nothing_and_the_card_says_that_nothing_is_watched(tmp_path: P
         (EPSILON_4, "\n[monitor]\n", "never free"),
         (EPSILON_4, "\n[monitor]\nepsilon = 4.0\n", "leaves nothing"),
         (NO_PRIVACY, ON, "no budget"),
-        (EPSILON_4 + '\nunit = "site"', ON, "no bound"),
+        (EPSILON_4.replace("local", "distributed") + '\nunit = "site"', ON, "no bound"),
     ],
 )
 def test_a_monitor_that_is_not_paid_for_is_refused(

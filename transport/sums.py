@@ -113,6 +113,56 @@ class GradientSum:
         return (-self.learning_rate * gradient).astype(np.float32), weight
 
 
+@dataclass(frozen=True, slots=True)
+class SiteSum:
+    """A sum of whole updates, of each site the same weight, with a share of noise of every site.
+
+    DP-FedAvg (McMahan, Ramage, Talwar and Zhang, ICLR 2018, Algorithm 1) with everybody in every
+    round and the noise of Kairouz, Liu and Steinke 2021. The sum is divided by the public number
+    of sites in the roster, also where some are missing, so that a site that is taken away moves
+    the mean by its own part alone.
+    """
+
+    mechanism: DistributedGaussian
+    sites: int
+
+    @property
+    def granularity(self) -> float:
+        """Of an update."""
+        return self.mechanism.granularity
+
+    def encode(self, vector: Vector, *, weight: float, bits: BitStream) -> NDArray[np.uint32]:  # noqa: ARG002 (of a site's size nothing leaves)
+        """Of a site's update, clipped to the bound, with its noise; see `SumCodec`."""
+        clipped = clip_whole(vector, clip_norm=self.mechanism.clip_norm)
+        noisy = self.mechanism.privatise(clipped, largest_batch=1, bits=bits)
+        # Who is in a sum, the coordinator knows in any case.
+        return np.append(noisy, np.uint32(1))
+
+    def decode(self, total: NDArray[np.uint32]) -> tuple[Vector, float]:
+        """The sum over the number of all sites, and how many are in it; see `SumCodec`."""
+        present = int(total[-1])
+        if not 1 <= present <= self.sites:
+            raise ValueError(f"the sum is said to hold {present} of {self.sites} sites")
+        fixed = self.mechanism.fixed_point(largest_batch=1)
+        return (fixed.decode(total[:-1]) / self.sites).astype(np.float32), float(present)
+
+
+def clip_whole(update: Vector, *, clip_norm: float) -> NDArray[np.float64]:
+    """A site's whole update, scaled down to an L2 norm of `clip_norm` if it is longer.
+
+    One that is not finite is zero as a whole: of what is left of it nothing is known.
+
+    Args:
+        update: Shape `(num_parameters,)`.
+        clip_norm: `[privacy] clip_norm` of the study.
+    """
+    wide = update.astype(np.float64)
+    if not np.isfinite(wide).all():
+        return np.zeros(update.shape)
+    length = float(np.linalg.norm(wide))
+    return wide if length <= clip_norm else wide * (clip_norm / length)
+
+
 def clip_by_norm(update: Vector, *, clip_norm: float | None) -> Vector:
     """An update scaled down to an L2 norm of `clip_norm`, if it is longer and there is one.
 
@@ -138,9 +188,12 @@ def sum_codec(study: Study, *, sites: int, size: int) -> SumCodec:
         size: Number of parameters.
     """
     if study.privacy.mode == "distributed":
+        mechanism = distributed_mechanism(study, sites=sites, size=size)
+        if study.protects_sites:
+            return SiteSum(mechanism, sites)
         return GradientSum(
             study.aggregation,
-            distributed_mechanism(study, sites=sites, size=size),
+            mechanism,
             sample_rate=study.training.sample_rate or 0.0,
             learning_rate=study.training.learning_rate,
         )
@@ -162,17 +215,22 @@ def fewest_sites(study: Study, *, sites: int) -> int:
     return max(study.aggregation.min_sites, threshold)
 
 
+def released_rate(study: Study) -> float:
+    """With which probability a unit is in a round's sum: every site always is, and pays for it."""
+    return 1.0 if study.protects_sites else study.training.sample_rate or 1.0
+
+
 def distributed_mechanism(study: Study, *, sites: int, size: int) -> DistributedGaussian:
     """The noise of a study in mode "distributed": enough for the fewest sites in a sum.
 
     Raises:
         ValueError: There are fewer sites than may not be missing.
     """
-    privacy, training = study.privacy, study.training
+    privacy = study.privacy
     wanted = calibrate(
         epsilon=privacy.epsilon or math.inf,
         delta=privacy.delta,
-        sample_rate=training.sample_rate or 1.0,
+        sample_rate=released_rate(study),
         steps=study.study.rounds,
         beside_epsilon=None if study.monitor is None else study.monitor.epsilon,
     )
@@ -183,7 +241,8 @@ def distributed_mechanism(study: Study, *, sites: int, size: int) -> Distributed
         sites=sites,
         dropouts=sites - fewest_sites(study, sites=sites),
         colluders=privacy.colluders,
-        largest_batch=study.aggregation.max_weight,
+        # Of units: a site's vector is the sum of its patients', or its own alone.
+        largest_batch=1 if study.protects_sites else study.aggregation.max_weight,
     )
 
 

@@ -224,6 +224,32 @@ def _found_leaves(event: DpEvent) -> Leaves:
     return found
 
 
+def inside_a_site(counted: Mapping[Leaf, int]) -> Leaves:
+    """What mechanisms that protect whole sites cost a patient, or a record, of one of them.
+
+    Taking a patient away changes a site's update to another one, within the same bound: the two
+    are at most twice the bound apart, so to the patient it is the mechanism with half the noise
+    multiplier. (Kairouz, Liu and Steinke's rounding keeps that: docs/distributed-noise.md, step 6.)
+
+    Args:
+        counted: Mechanisms of which adding or removing a whole site is the neighbouring relation.
+
+    Raises:
+        ValueError: A mechanism samples sites, which this does not price.
+    """
+    found: Leaves = Counter()
+    for leaf, count in counted.items():
+        match leaf.kind:
+            case "gaussian":
+                inside = Leaf("gaussian", (leaf.parameters[0] / 2,))
+            case "zcdp":
+                inside = Leaf("zcdp", (leaf.parameters[0] * 4,))
+            case "poisson-gaussian":
+                raise ValueError("a patient of a site that is sampled has no price here")
+        found[inside] += count
+    return found
+
+
 def event_of(counted: Mapping[Leaf, int]) -> DpEvent:
     """The event that has the given leaves, in a fixed order."""
     from dp_accounting import dp_event

@@ -23,7 +23,7 @@ from fedward.privacy.ledger.records import (
     Population,
     Reservation,
 )
-from fedward.privacy.ledger.state import holds
+from fedward.privacy.ledger.state import borne, holds
 from fedward.privacy.ledger.verification import check_head, replay
 from fedward.privacy.ledger.views import Point, entries, export, history
 
@@ -143,12 +143,14 @@ class Ledger:
             event: All rounds of the run together.
             max_epsilon: The site's limit for one of its patients, over all studies, at `delta`.
             delta: As in the site's policy.
-            unit: The unit of `event`.
+            unit: The unit of `event`. Where it is the site, the limit is held against what a
+                patient of the site bears of it.
             population: Whose budget it draws on; see docs/privacy.md.
 
         Raises:
             BudgetExceeded: The joint total would be above the limit.
-            ValueError: The study is open with another event, population or unit.
+            ValueError: The study is open with another event, population or unit, or it samples
+                whole sites.
         """
         asked = leaves(event)
         with self._journal.change():
@@ -307,7 +309,7 @@ class Ledger:
             return self._price(population, delta)
 
     def spent_by(self, study: str, delta: float) -> PrivacySpent:
-        """What one study alone has cost a patient, over everything that it reserved.
+        """What one study alone has cost its unit, over everything that it reserved.
 
         Raises:
             ValueError: The study was never allotted anything.
@@ -361,7 +363,8 @@ class Ledger:
         unit: Unit,
         population: Population,
     ) -> Allotment:
-        total = self._within(population, leaves(event), max_epsilon=max_epsilon, delta=delta)
+        asked = borne(leaves(event), unit)
+        total = self._within(population, asked, max_epsilon=max_epsilon, delta=delta)
         seq = self._journal.append(
             "allot",
             {
@@ -412,12 +415,13 @@ class Ledger:
     def _exhausted(self, study: str, asked: Leaves) -> BudgetExceeded:
         """Why a reservation does not fit: the study's own figures, at the allotment's delta."""
         account = self._journal.state.studies[study]
-        delta = account.delta
         used = account.allotted - account.rest
+
+        def epsilon(counted: Leaves) -> float:
+            return best_epsilon(borne(counted, account.unit), delta=account.delta)
+
         return BudgetExceeded(
-            spent=best_epsilon(used, delta=delta),
-            asked=best_epsilon(used + asked, delta=delta),
-            limit=best_epsilon(account.allotted, delta=delta),
+            spent=epsilon(used), asked=epsilon(used + asked), limit=epsilon(account.allotted)
         )
 
 

@@ -7,10 +7,10 @@ from typing import Any, ClassVar
 
 from fedward.core.errors import LedgerCorrupt
 from fedward.privacy.accounting import Unit
-from fedward.privacy.accounting.events import Leaves, leaves_from_json
+from fedward.privacy.accounting.events import Leaves, inside_a_site, leaves_from_json
 from fedward.privacy.ledger.records import POPULATIONS, Population
 
-_STRENGTH: tuple[Unit, ...] = ("record", "patient", "site")
+_UNITS: tuple[Unit, ...] = ("record", "patient", "site")
 
 
 @dataclass(slots=True)
@@ -41,6 +41,15 @@ class ReservedRound:
     study: str
     round_number: int
     update_digest: str = ""
+
+
+def borne(counted: Leaves, unit: Unit) -> Leaves:
+    """What a patient bears of mechanisms that protect a unit: a ledger's totals are a patient's.
+
+    Raises:
+        ValueError: A mechanism samples whole sites, which has no price for a patient.
+    """
+    return inside_a_site(counted) if unit == "site" else counted
 
 
 def holds(rest: Leaves, asked: Leaves) -> bool:
@@ -81,31 +90,35 @@ class State:
     def spent(self, population: Population) -> Leaves:
         """All that was reserved on a population: its own, and what is charged to everybody.
 
+        As a patient bears it, also where what was reserved protects more.
+
         Args:
             population: "training" or "held-out"; a patient is in one of them.
         """
         return self._spent[population] + self._spent["all"]
 
     def committed(self, population: Population) -> Leaves:
-        """What was reserved, and what open allotments may still reserve."""
+        """What was reserved, and what open allotments may still reserve; as a patient bears it."""
         rests = (
-            study.rest
+            borne(study.rest, study.unit)
             for study in self.studies.values()
             if study.open and study.population in (population, "all")
         )
         return sum(rests, self.spent(population))
 
     def unit(self, population: Population) -> Unit:
-        """The unit that a population's total holds for: the smallest that was charged to it."""
-        units = self._units[population] | self._units["all"]
-        return next((unit for unit in _STRENGTH if unit in units), "patient")
+        """The unit that a population's total holds for: the smallest that was charged to it.
+
+        What protects whole sites is counted as a patient of one bears it.
+        """
+        return "record" if "record" in self._units[population] | self._units["all"] else "patient"
 
     def _genesis(self, body: dict[str, Any]) -> None:
         self.genesis = body
 
     def _allot(self, body: dict[str, Any]) -> None:
         name, population, unit = body["study"], body["population"], body["unit"]
-        if population not in POPULATIONS or unit not in _STRENGTH:
+        if population not in POPULATIONS or unit not in _UNITS:
             raise ValueError(f"unknown population {population!r} or unit {unit!r}")
         study = self.studies.setdefault(name, StudyState(population, unit, body["delta"]))
         study.delta = body["delta"]
@@ -114,6 +127,7 @@ class State:
         elif (study.population, study.unit) != (population, unit):
             raise ValueError(f"study {name} is open for another population or unit")
         event = leaves_from_json(body["event"])
+        borne(event, unit)
         study.allotments.append(body["seq"])
         study.allotted = study.allotted + event
         study.rest = study.rest + event
@@ -127,9 +141,10 @@ class State:
         for leaf, count in event.items():
             study.rest[leaf] -= count
             study.reserved[leaf] += count
-            spent[leaf] += count
             if not study.rest[leaf]:
                 del study.rest[leaf]
+        for leaf, count in borne(event, study.unit).items():
+            spent[leaf] += count
         self._units[study.population].add(study.unit)
         number = int(body["round"])
         self.reservations[body["seq"]] = ReservedRound(body["study"], number)

@@ -12,7 +12,7 @@ from fedward.privacy.accounting import event_from_json
 from fedward.privacy.accounting.events import Leaves, leaves
 from fedward.privacy.accounting.pricing import best_epsilon
 from fedward.privacy.ledger.records import Entry, Population, Row
-from fedward.privacy.ledger.state import State
+from fedward.privacy.ledger.state import State, borne
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +49,7 @@ def history(
     total: Leaves = Counter()
     found: list[Point] = []
     for number, entry in enumerate(kept, start=1):
-        total.update(leaves(entry.event))
+        total.update(borne(leaves(entry.event), entry.unit or "patient"))
         if number % stride == 0 or number == len(kept):
             found.append(
                 Point(

@@ -6,6 +6,7 @@ everything here on a page.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -238,7 +239,42 @@ class DistributedGaussian:
         Raises:
             ValueError: An argument is outside its range, or epsilon is 20 or more.
         """
-        ceiling = 20.0  # e^20 times the variation is still far below any delta
+        return self.bound(
+            lambda event, remains: privacy_spent(event, delta=remains, unit=unit),
+            sample_rate=sample_rate,
+            steps=steps,
+            delta=delta,
+            beside=beside,
+        )
+
+    def bound(
+        self,
+        price: Callable[[DpEvent, float], PrivacySpent],
+        *,
+        sample_rate: float,
+        steps: int,
+        delta: float,
+        beside: "DistributedGaussian | None" = None,
+        ceiling: float = 20.0,
+    ) -> PrivacySpent:
+        """As `spent`, by another price of the continuous mechanism.
+
+        So for whom more than a unit changes, such as a patient with several records: several units'
+        vectors are rounded as one, and several times the sensitivity of one bounds what becomes of
+        them (docs/distributed-noise.md, step 6).
+
+        Args:
+            price: Of an event and a delta.
+            sample_rate: As in `event`.
+            steps: Rounds.
+            delta: The whole.
+            beside: A mechanism of which everybody is in one release.
+            ceiling: Epsilons from here on are refused: e to the power of it, times the distance
+                from the continuous mechanism, is what delta pays for the discrete one.
+
+        Raises:
+            ValueError: Delta does not pay for the ceiling, or epsilon is not below it.
+        """
         remains = self.remaining_delta(delta=delta, epsilon=ceiling, steps=steps)
         event = self.event(sample_rate=sample_rate, steps=steps)
         ratio, _ = self.slack(steps=steps)
@@ -246,7 +282,7 @@ class DistributedGaussian:
             remains = beside.remaining_delta(delta=remains, epsilon=ceiling, steps=1)
             event = compose([event, beside.event(sample_rate=1.0, steps=1)])
             ratio += beside.slack(steps=1)[0]
-        found = privacy_spent(event, delta=remains, unit=unit)
+        found = price(event, remains)
         if not max(found.epsilon, found.epsilon_rdp) < ceiling:
             raise ValueError(f"epsilon is {found.epsilon:g}; add noise")
         return replace(
