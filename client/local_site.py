@@ -16,11 +16,12 @@ import numpy as np
 from torch import nn
 
 from fedward.client.budget import Budget
+from fedward.client.clipping import ClipNorms
 from fedward.client.outbox import Keeper, Outbox
 from fedward.client.plan import SitePlan, training_plan
 from fedward.client.progress import Progress
 from fedward.client.sources import read_source, split
-from fedward.client.training import train
+from fedward.client.training import LocalResult, TrainingPlan, train
 from fedward.core.canonical import digest
 from fedward.core.errors import AdmissionRefused, UpdateRejected
 from fedward.core.files import write_atomic
@@ -220,10 +221,10 @@ class LocalSite:
         study = admitted.study
         task, model = self.model(study, parameters)
         training, _ = self.examples(task, study)
-        plan = training_plan(study, admitted.plan, round_number=round_number)
+        plan = self.round_plan(admitted, round_number)
         noise = self.source(study, "train", round_number)
         progress = None if paid is None else self.progress(study, paid, parameters)
-        return train(
+        result = train(
             model,
             task.loss,
             training,
@@ -231,7 +232,27 @@ class LocalSite:
             noise=noise,
             resume=None if progress is None else progress.newest(),
             checkpoint=None if progress is None else progress.keep,
-        ).update
+        )
+        self.end_round(admitted, round_number, result)
+        return result.update
+
+    def round_plan(self, admitted: Admitted, round_number: int) -> TrainingPlan:
+        """What the trainer is told for a round; adaptive clipping goes on where it stood."""
+        norms = self._clip_norms(admitted.study)
+        start = None if norms is None else norms.before(round_number)
+        return training_plan(admitted.study, admitted.plan, round_number=round_number, start=start)
+
+    def end_round(self, admitted: Admitted, round_number: int, result: LocalResult) -> None:
+        """Keep what the next round goes on from."""
+        norms = self._clip_norms(admitted.study)
+        if norms is not None:
+            norms.keep(round_number, result.clip_norm)
+
+    def _clip_norms(self, study: Study) -> ClipNorms | None:
+        if study.privacy.clipping == "fixed":
+            return None
+        file = self.state / "clipping" / f"{study.hash}.json"
+        return ClipNorms(file, durable=not self.simulated)
 
     def note_zeroed(self, study: Study, round_number: int) -> None:
         """Add a line to the site's `zeroed.jsonl`: a round's update was not finite, and was zero.

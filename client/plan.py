@@ -4,13 +4,16 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from fedward.client.training import NotPrivate, Private, TrainingPlan
+from fedward.client.training import Adaptive, NotPrivate, Private, TrainingPlan
 from fedward.core.errors import AdmissionRefused
 from fedward.core.site import Site
 from fedward.core.study import Study
 from fedward.privacy.accounting import calibrate
 from fedward.transport.monitor import local_monitor_noise, monitor_mechanism
 from fedward.transport.sums import distributed_mechanism
+
+_COUNT_SHARE = 20  # of the batch, as in Andrew et al. 2021, section 3.1
+_COUNT_NOISE = 2.0  # noise multipliers: gradients then need 1 / sqrt(1 - 1/16) of their noise
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +98,7 @@ def plan_site(study: Study, site: Site, *, sites: int = 0, size: int = 0) -> Sit
             steps=steps * study.study.rounds,
             beside_epsilon=None if study.monitor is None else study.monitor.epsilon,
         )
-    return SitePlan(
+    plan = SitePlan(
         weight=weight,
         sample_rate=sample_rate,
         steps=steps,
@@ -103,16 +106,63 @@ def plan_site(study: Study, site: Site, *, sites: int = 0, size: int = 0) -> Sit
         noise_multiplier=noise_multiplier,
         monitor_noise=monitor_noise,
     )
+    try:
+        adaptive_clipping(study, plan)
+    except ValueError as error:
+        raise AdmissionRefused(
+            site=site.name,
+            policy=f"[privacy] clip_count_noise = {study.privacy.clip_count_noise} of the study",
+            reason=f"{error}; raise it, or remove it for the default",
+        ) from error
+    return plan
 
 
-def training_plan(study: Study, plan: SitePlan, *, round_number: int) -> TrainingPlan:
-    """What the trainer is told for one round, from 1."""
+def adaptive_clipping(
+    study: Study, plan: SitePlan, *, start: float | None = None
+) -> Adaptive | None:
+    """How a site's clip norm moves; None where it does not.
+
+    Unless the study says, the count has a noise of a twentieth of the expected batch, as in the
+    paper, or of twice the noise multiplier where that is more: then it costs the gradients 3%.
+
+    Raises:
+        ValueError: The study's noise on the count leaves nothing for the gradients.
+    """
+    privacy = study.privacy
+    if privacy.clipping == "fixed":
+        return None
+    least = max(plan.expected_batch_size / _COUNT_SHARE, _COUNT_NOISE * plan.noise_multiplier)
+    found = Adaptive(
+        quantile=privacy.clip_quantile or 0.5,
+        learning_rate=privacy.clip_learning_rate or 0.2,
+        count_noise=privacy.clip_count_noise or least,
+        start=start,
+    )
+    Private(clip_norm=privacy.clip_norm, noise_multiplier=plan.noise_multiplier, adaptive=found)
+    return found
+
+
+def training_plan(
+    study: Study, plan: SitePlan, *, round_number: int, start: float | None = None
+) -> TrainingPlan:
+    """What the trainer is told for one round, from 1.
+
+    Args:
+        study: The study.
+        plan: What it means at the site.
+        round_number: From 1.
+        start: Where clipping is adaptive, what the round before ended with.
+    """
     training, privacy = study.training, study.privacy
     # Where whole sites are protected, the update is clipped and the sum noised.
     guarantee = (
         NotPrivate()
         if privacy.mode == "none" or study.protects_sites
-        else Private(clip_norm=privacy.clip_norm, noise_multiplier=plan.noise_multiplier)
+        else Private(
+            clip_norm=privacy.clip_norm,
+            noise_multiplier=plan.noise_multiplier,
+            adaptive=adaptive_clipping(study, plan, start=start),
+        )
     )
     return TrainingPlan(
         optimizer=training.optimizer,

@@ -11,13 +11,13 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from fedward.core.canonical import digest_json
+from fedward.core.simulated import Args, SimulationSection
 from fedward.core.toml import Section, parse_toml, read_toml
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
 Unit = Literal["record", "patient", "site"]
 Mode = Literal["none", "local", "distributed", "central"]
-Scalar = str | int | float | bool
-Args = dict[str, Scalar]
+_ADAPTIVE = ("clip_quantile", "clip_learning_rate", "clip_count_noise")
 
 
 class StudySection(Section):
@@ -84,6 +84,11 @@ class PrivacySection(Section):
     In mode "distributed" it holds against the coordinator together with `colluders` sites. With
     `unit = "site"` what is protected is all that a hospital holds: it trains without noise,
     `clip_norm` bounds its whole update of a round, and the sum over the sites carries the noise.
+
+    With `clipping = "adaptive"`, in mode "local", `clip_norm` is where each site starts; from there
+    its own follows the quantile `clip_quantile` of its patients' gradients, at
+    `clip_learning_rate`. How many are within it is counted with noise of `clip_count_noise`
+    patients; the noise on gradients is raised so that both together keep `epsilon`.
     """
 
     mode: Mode
@@ -91,6 +96,10 @@ class PrivacySection(Section):
     epsilon: float | None = Field(default=None, gt=0)
     delta: float = Field(default=1e-5, gt=0, lt=1)
     clip_norm: float = Field(default=1.0, gt=0)
+    clipping: Literal["fixed", "adaptive"] = "fixed"
+    clip_quantile: float | None = Field(default=None, gt=0, lt=1)
+    clip_learning_rate: float | None = Field(default=None, gt=0)
+    clip_count_noise: float | None = Field(default=None, gt=0)
     max_records: int = Field(default=1, ge=1)
     colluders: int = Field(default=0, ge=0)
     acknowledge: str | None = None
@@ -121,6 +130,24 @@ class PrivacySection(Section):
             raise ValueError(
                 f"max_records = {self.max_records} bounds a patient's rows where the unit is the "
                 'patient; with unit = "record" each row counts by itself: remove it'
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _clipping_is_accounted(self) -> "PrivacySection":
+        if self.clipping == "fixed":
+            for name in _ADAPTIVE:
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f'{name} belongs to clipping = "adaptive"; add that, or remove {name}'
+                    )
+        elif self.mode == "none":
+            raise ValueError('mode = "none" clips nothing; remove clipping = "adaptive"')
+        elif self.mode != "local":
+            raise ValueError(
+                f'mode = "{self.mode}" takes clipping = "fixed" only: one clip norm has to hold '
+                "for all sites in a sum, and no site may see the others' counts; remove clipping, "
+                'or choose mode = "local"'
             )
         return self
 
@@ -199,86 +226,6 @@ class PublishSection(Section):
     key: str | None = None
     mirror: str | None = None
     card: CardSection = Field(default_factory=CardSection)
-
-
-class Dropout(Section):
-    """Sites that do not answer in a round.
-
-    `independent`: each round each site is away with probability `rate`. `bursty`: away for spells
-    of `mean_length` rounds on average, `rate` of the rounds in all (Gilbert 1960's two states).
-    """
-
-    kind: Literal["independent", "bursty"] = "independent"
-    rate: float = Field(gt=0, lt=1)
-    mean_length: float = Field(default=4.0, ge=1)
-
-
-class Stragglers(Section):
-    """Time that sites take to answer, in virtual seconds: nobody waits for them.
-
-    A site's time has median `median`; its logarithm, or for `pareto` its tail, has `spread`. Who
-    takes longer than `deadline` is too late.
-    """
-
-    distribution: Literal["lognormal", "pareto", "exponential"] = "lognormal"
-    median: float = Field(default=30.0, gt=0)
-    spread: float = Field(default=1.0, gt=0)
-    deadline: float = Field(default=120.0, gt=0)
-
-
-class Malicious(Section):
-    """Sites that attack the model; `sites` is how many, or their names.
-
-    `scale` multiplies what sign-flip and backdoor send, and is the epsilon of ipm. A backdoor
-    marks `share` of the site's rows by setting feature `feature` to `value`.
-    """
-
-    attack: Literal["label-flip", "sign-flip", "alie", "ipm", "min-max", "backdoor"]
-    sites: int | Annotated[tuple[str, ...], Field(strict=False)] = 1
-    scale: float = Field(default=1.0, gt=0)
-    share: float = Field(default=0.5, gt=0, le=1)
-    feature: int = Field(default=0, ge=0)
-    value: float = 3.0
-
-
-class Resources(Section):
-    """What Ray gives a site, and where Ray is; by default on this machine."""
-
-    cpus: float = Field(default=1.0, gt=0)
-    gpus: float = Field(default=0.0, ge=0)
-    address: str | None = None
-    retries: int = Field(default=2, ge=0)
-
-
-class SimulationSection(Section):
-    """`[simulation]`: ignored outside simulation.
-
-    `sites` is a pattern of site files beside the study; without it the embedded data (the task's,
-    or `dataset`) are spread by `partition` with `args`, and each site holds out `held_out`. Sites
-    in `leave_out` take no part.
-    `threads` is how many sites train at a time where they train one by one in this process.
-    `durable` gives each site a ledger file of its own, flushed like a real one. `crash` is the
-    probability that a site crashes in the middle of a round; `coordinator_crash` the round in
-    which the coordinator does, to go on from its checkpoint.
-    """
-
-    sites: str | None = None
-    dataset: str | None = None
-    leave_out: tuple[str, ...] = Field(default=(), strict=False)
-    partition: str = "natural"
-    held_out: float = Field(default=0.3, ge=0, lt=1)
-    args: Args = Field(default_factory=dict)
-    runtime: Literal["in-process", "ray", "loopback"] = "in-process"
-    engine: Literal["auto", "per-site", "vectorised"] = "auto"
-    threads: int = Field(default=1, ge=1, le=256)
-    device: str = "cpu"
-    durable: bool = False
-    resources: Resources = Field(default_factory=Resources)
-    dropout: Dropout | None = None
-    stragglers: Stragglers | None = None
-    malicious: Malicious | None = None
-    crash: float = Field(default=0.0, ge=0, lt=1)
-    coordinator_crash: int | None = Field(default=None, ge=1)
 
 
 class Study(Section):
@@ -393,6 +340,9 @@ class Study(Section):
         for name, before in (("schedule", "constant"), ("averaging", "last")):
             if agreed["training"][name] == before:
                 del agreed["training"][name]
+        if self.privacy.clipping == "fixed":
+            for name in ("clipping", *_ADAPTIVE):
+                del agreed["privacy"][name]
         if not self.evaluation.subgroups:
             del agreed["evaluation"]
         return agreed

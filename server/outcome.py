@@ -388,6 +388,8 @@ def _statement(
     }
     if privacy.mode != "none":
         accounted |= {"asked_epsilon": privacy.epsilon, "clip_norm": privacy.clip_norm}
+    if privacy.clipping == "adaptive":
+        accounted["clipping"] = "adaptive"
     if study.monitor is not None:
         accounted["monitor"] = study.monitor.model_dump()
     if privacy.mode == "distributed":

@@ -63,7 +63,9 @@ def privacy_statement(privacy: Mapping[str, Any]) -> dict[str, Any]:
     known = [float(epsilon) for epsilon in epsilons if epsilon is not None]
     epsilon = max(known, default=None)
     of_sites = mode == "distributed" and privacy["unit"] == "site"
-    also = "; and once, " + _HISTOGRAMS if privacy.get("monitor") and mode != "none" else ""
+    moves = ", to a norm that follows a noised quantile of the gradients' at each site"
+    also = moves if privacy.get("clipping") == "adaptive" else ""
+    also += "; and once, " + _HISTOGRAMS if privacy.get("monitor") and mode != "none" else ""
     statement = {
         "mechanism": (_OF_SITES if of_sites else _MECHANISMS[mode]) + also,
         **privacy,

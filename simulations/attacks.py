@@ -11,7 +11,7 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import NDArray
 
-from fedward.core.study import Malicious
+from fedward.core.simulated import Malicious
 from fedward.strategies.strategy import Vector
 
 _BISECTIONS = 40

@@ -59,6 +59,8 @@ def _unfit(study: Study, model: nn.Module) -> str | None:
     """Why sites cannot be trained as one batch; None if they can."""
     if study.training.schedule != "constant" or study.training.averaging != "last":
         return "[training] schedule and averaging are kept site by site"
+    if study.privacy.clipping != "fixed":
+        return '[privacy] clipping = "adaptive" is kept site by site'
     if not fits(model):
         return "the model has layers that book-keeping does not know"
     return None

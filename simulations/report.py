@@ -221,6 +221,12 @@ def _statement(privacy: Mapping[str, Any]) -> str:
         if histograms
         else ""
     )
+    moves = (
+        " at first, then each hospital's own, which follows a noised quantile (the noise "
+        "multiplier is that of gradients and counts together)"
+        if privacy.get("clipping") == "adaptive"
+        else ""
+    )
     held_out = (
         "No metrics left a hospital: the figures above are this simulation's own."
         if privacy["unit"] == "site"
@@ -232,8 +238,8 @@ def _statement(privacy: Mapping[str, Any]) -> str:
         "<th>epsilon (PLD)</th><th>epsilon (RDP)</th><th>noise multiplier</th>"
         f"<th>sample rate</th><th>steps</th></tr>{rows}</table></div>"
         f'<p class="small">delta {privacy["delta"]:g}, per {_e(privacy["unit"])}, '
-        f"{_e(privacy['neighboring_relation'])}, clip norm {privacy['clip_norm']:g}. Both figures "
-        f"are upper bounds; the one by PLD is claimed. {included}Holds against "
+        f"{_e(privacy['neighboring_relation'])}, clip norm {privacy['clip_norm']:g}{moves}. Both "
+        f"figures are upper bounds; the one by PLD is claimed. {included}Holds against "
         f"{_e(privacy['adversary'])}. {held_out}</p>"
         + _notes(privacy)
         + _patients(privacy)

@@ -13,7 +13,8 @@ import numpy as np
 
 from fedward.core.canonical import digest
 from fedward.core.errors import ConfigError
-from fedward.core.study import Dropout, Malicious, SimulationSection, Stragglers, Study
+from fedward.core.simulated import Dropout, Malicious, SimulationSection, Stragglers
+from fedward.core.study import Study
 from fedward.tasks.task import Examples
 
 _CHAIN = 256

@@ -120,10 +120,12 @@ class MemorySite(SimulatedSite):
             plan = training_plan(study, admitted.plan, round_number=1)
             self._rounds[study.hash] = trainer.sampler(training, plan), plan
         sampler, plan = self._rounds[study.hash]
-        if plan.schedule != "constant":
-            plan = training_plan(study, admitted.plan, round_number=round_number)
+        if plan.schedule != "constant" or study.privacy.clipping != "fixed":
+            plan = self.round_plan(admitted, round_number)
         noise = partial(self.source, study, "train", round_number)
-        return trainer.train(parameters, sampler, plan, noise=noise).update
+        result = trainer.train(parameters, sampler, plan, noise=noise)
+        self.end_round(admitted, round_number, result)
+        return result.update
 
     def pin(self, admitted: Admitted) -> None:
         """Keep an admitted study; after a restart the coordinator sends it again."""

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 
 from fedward.core.errors import ConfigError
-from fedward.core.study import Args
+from fedward.core.simulated import Args
 from fedward.strategies.fedavg import FedAvg
 from fedward.strategies.strategy import Strategy
 

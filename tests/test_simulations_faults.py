@@ -13,7 +13,7 @@ from studies import EPSILON_4, write_study
 from test_simulate import model_of
 
 from fedward.core.errors import LedgerCorrupt, RunError
-from fedward.core.study import Malicious, SimulationSection
+from fedward.core.simulated import Malicious, SimulationSection
 from fedward.privacy.accounting import dp_sgd_event
 from fedward.privacy.ledger.simulated import SimulatedLedgers, take_out
 from fedward.server.channel import Reply

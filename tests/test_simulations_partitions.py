@@ -10,7 +10,7 @@ from studies import NO_PRIVACY, write_study
 
 from fedward.client.local_site import LocalSite
 from fedward.core.errors import ConfigError
-from fedward.core.study import Args
+from fedward.core.simulated import Args
 from fedward.simulations.partitions import Partition, data_card, draw_card, make_partition
 from fedward.simulations.simulate import prepare_run, simulate
 from fedward.tasks import datasets

@@ -14,7 +14,8 @@ from test_simulate import model_of
 from fedward.client.local_site import LocalSite
 from fedward.core.errors import ConfigError
 from fedward.core.run import RunDirectory
-from fedward.core.study import Dropout, Malicious, SimulationSection, Stragglers, load_study
+from fedward.core.simulated import Dropout, Malicious, SimulationSection, Stragglers
+from fedward.core.study import load_study
 from fedward.simulations.attacks import forge
 from fedward.simulations.report import write_report
 from fedward.simulations.scenarios import Scenario, make_scenario

@@ -26,11 +26,14 @@ class Adaptive:
         learning_rate: Of the logarithm of the clip norm.
         count_noise: Standard deviation of the noise on the count; more than half of
             `noise_multiplier`. The paper takes a twentieth of the batch size.
+        start: Clip norm of the first step, where a round goes on from the one before; None for
+            that of the guarantee.
     """
 
     quantile: float = 0.5
     learning_rate: float = 0.2
     count_noise: float
+    start: float | None = None
 
     def __post_init__(self) -> None:
         """Refuse what no training can mean."""
@@ -38,6 +41,8 @@ class Adaptive:
             raise ValueError(f"quantile is in (0, 1), not {self.quantile}")
         _positive("learning_rate", self.learning_rate)
         _positive("count_noise", self.count_noise)
+        if self.start is not None:
+            _positive("start", self.start)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +69,12 @@ class Private:
                 f"count_noise = {self.adaptive.count_noise} leaves nothing for the gradients; "
                 f"it is more than half of noise_multiplier = {self.noise_multiplier}"
             )
+
+    @property
+    def first_clip_norm(self) -> float:
+        """Of the first step."""
+        start = self.adaptive.start if self.adaptive else None
+        return self.clip_norm if start is None else start
 
     @property
     def gradient_noise_multiplier(self) -> float:

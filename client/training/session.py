@@ -72,7 +72,9 @@ class Session:
         self.sanitised = 0
         self.steps = 0
         guarantee = plan.guarantee
-        self.clip_norm = guarantee.clip_norm if isinstance(guarantee, Private) else float("inf")
+        self.clip_norm = (
+            guarantee.first_clip_norm if isinstance(guarantee, Private) else float("inf")
+        )
         self._at_once = layout.at_once
         self._start = self.flat.clone()
         self._average = None if plan.averaging == "last" else torch.zeros_like(self.flat)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save
 
 from fedward.core.errors import ConfigError
-from fedward.core.study import Args
+from fedward.core.simulated import Args
 from fedward.simulations.partitions import partitioners
 from fedward.tasks.task import Table
 
