@@ -13,6 +13,7 @@ from fedward.client.acceptance import NotAccepted, judge, keep_refusal
 from fedward.client.admission import check_policy
 from fedward.client.evaluation import counted_rows, evaluate_groups, evaluate_model
 from fedward.client.local_site import Admitted, LocalSite
+from fedward.client.objective import study_loss
 from fedward.client.outbox import Kept
 from fedward.client.plan import plan_site, training_plan
 from fedward.client.secure import MaskedRound, forget
@@ -37,6 +38,7 @@ from fedward.strategies.strategy import Vector
 from fedward.tasks.registry import get_task
 from fedward.tasks.subgroups import groupings
 from fedward.tasks.task import Sums
+from fedward.tasks.weights import class_weights
 from fedward.transport.payload import Payload
 from fedward.transport.sums import clip_by_norm
 
@@ -50,7 +52,7 @@ def admit_study(site: LocalSite, request: Payload) -> Payload:
         AdmissionRefused: The policy says no.
         BudgetExceeded: The whole run does not fit. Nothing was recorded.
         DataError: The site's data cannot be read as the task needs them.
-        ConfigError: The study names a field that there is not.
+        ConfigError: The study names a field that there is not, or weights of other classes.
     """
     study = _read_study(json.dumps(request.record.get("study", {}), sort_keys=True))
     if study.hash != request.record.get("hash"):
@@ -58,6 +60,7 @@ def admit_study(site: LocalSite, request: Payload) -> Payload:
     check_policy(site.site, study)
     task = get_task(study.study.task)
     groupings(task.schema, study.evaluation.subgroups)
+    class_weights(study, task.schema)
     site.examples(task, study)
     roster = site.roster() if study.aggregation.secure else None
     plan = plan_site(study, site.site, sites=len(roster or ()), size=site.size(study))
@@ -137,7 +140,8 @@ def _own_sum(site: LocalSite, begun: Round) -> Vector:
     training, _ = site.examples(task, study)
     plan = training_plan(study, begun.admitted.plan, round_number=begun.number)
     noise = site.source(study, "train", begun.number)
-    total, _ = sampled_clipped_sum(model, task.loss, training, plan=plan, noise=noise)
+    loss = study_loss(study, task)
+    total, _ = sampled_clipped_sum(model, loss, training, plan=plan, noise=noise)
     return total
 
 

@@ -17,6 +17,7 @@ from torch import nn
 
 from fedward.client.budget import Budget
 from fedward.client.clipping import ClipNorms
+from fedward.client.objective import study_loss
 from fedward.client.outbox import Keeper, Outbox
 from fedward.client.plan import SitePlan, training_plan
 from fedward.client.progress import Progress
@@ -226,7 +227,7 @@ class LocalSite:
         progress = None if paid is None else self.progress(study, paid, parameters)
         result = train(
             model,
-            task.loss,
+            study_loss(study, task),
             training,
             plan=plan,
             noise=noise,

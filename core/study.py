@@ -17,6 +17,12 @@ from fedward.core.toml import Section, parse_toml, read_toml
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
 Unit = Literal["record", "patient", "site"]
 Mode = Literal["none", "local", "distributed", "central"]
+_TRAINING_BEFORE = {
+    "schedule": "constant",
+    "averaging": "last",
+    "class_weights": None,
+    "prevalence": None,
+}
 _ADAPTIVE = ("clip_quantile", "clip_learning_rate", "clip_count_noise")
 
 
@@ -45,6 +51,10 @@ class TrainingSection(Section):
     `schedule` is how the learning rate falls to zero over the steps of all rounds; `averaging` is
     what a site gives of a round: its last iterate, the mean of the second half of them ("tail") or
     their exponential moving average ("ema"). Neither costs privacy.
+
+    `class_weights` are public numbers, one a class of the label, by which the loss of its examples
+    is multiplied before anything is clipped; "balanced" makes them of `prevalence`, the public
+    share of the positive class, or the shares of all classes.
     """
 
     local_epochs: float | None = Field(default=None, gt=0)
@@ -57,6 +67,10 @@ class TrainingSection(Section):
     weight_decay: float = Field(default=0.0, ge=0)
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     averaging: Literal["last", "tail", "ema"] = "last"
+    class_weights: (
+        Literal["balanced"] | Annotated[tuple[float, ...], Field(strict=False)] | None
+    ) = None
+    prevalence: float | Annotated[tuple[float, ...], Field(strict=False)] | None = None
 
     @model_validator(mode="after")
     def _one_of_each(self) -> "TrainingSection":
@@ -64,6 +78,10 @@ class TrainingSection(Section):
             raise ValueError("needs exactly one of `local_epochs` and `local_steps`")
         if (self.batch_size is None) == (self.sample_rate is None):
             raise ValueError("needs exactly one of `batch_size` and `sample_rate`")
+        if self.prevalence is not None and self.class_weights != "balanced":
+            raise ValueError(
+                'prevalence belongs to class_weights = "balanced"; add that, or remove prevalence'
+            )
         return self
 
 
@@ -337,7 +355,8 @@ class Study(Section):
         agreed = self.model_dump(mode="json", exclude={"simulation", "publish"})
         if self.monitor is None:
             del agreed["monitor"]  # as studies were hashed before there was one
-        for name, before in (("schedule", "constant"), ("averaging", "last")):
+        # As studies were hashed before they could say these.
+        for name, before in _TRAINING_BEFORE.items():
             if agreed["training"][name] == before:
                 del agreed["training"][name]
         if self.privacy.clipping == "fixed":

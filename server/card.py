@@ -102,7 +102,7 @@ def card_json(
             "time_of_prediction": "when asked; nothing is predicted in the background",
             "development_data": "held-out and training patients of the sites under Training, each "
             "divided by a keyed hash of the patient",
-            "bias_mitigation": "none in training; subgroups are reported where the study asks",
+            "bias_mitigation": f"{_weights(training)}; subgroups are reported where the study asks",
             "maintenance": stated("maintenance"),
             "security": "signed release, verified by each hospital before it is served; keys and "
             "an audit log at the adapter",
@@ -134,6 +134,17 @@ def card_json(
 def _model_type(training: Mapping[str, Any]) -> str:
     model = (training.get("agreed") or {}).get("model") or {}
     return f"{model['name']} model" if model.get("name") else "model"
+
+
+def _weights(training: Mapping[str, Any]) -> str:
+    """What of the classes' balance was changed in training."""
+    agreed = (training.get("agreed") or {}).get("training") or {}
+    weights = agreed.get("class_weights")
+    if weights is None:
+        return "none in training"
+    if weights == "balanced":
+        weights = f"balanced at a prevalence of {agreed.get('prevalence')}"
+    return f"classes are weighted in training ({weights}), so probabilities are not calibrated"
 
 
 def _how_many(sites: Any) -> str:

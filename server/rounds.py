@@ -29,6 +29,7 @@ from fedward.strategies.strategy import State, Strategy, Vector
 from fedward.tasks.parameters import to_vector
 from fedward.tasks.registry import get_task
 from fedward.tasks.subgroups import groupings
+from fedward.tasks.weights import class_weights
 from fedward.transport.payload import Payload
 
 _POLL_NODES = 0.2
@@ -115,7 +116,9 @@ def refuse_impossible(study: Study, roster: Roster | None) -> None:
         ConfigError: Two lines are in conflict; both are named.
     """
     strategy = make_strategy(study.strategy.name, study.strategy.args)
-    groupings(get_task(study.study.task).schema, study.evaluation.subgroups)
+    schema = get_task(study.study.task).schema
+    groupings(schema, study.evaluation.subgroups)
+    class_weights(study, schema)
     if study.aggregation.secure and strategy.needs == "each":
         raise ConfigError(
             f'[strategy] name = "{study.strategy.name}" must see every single update, and '

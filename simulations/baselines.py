@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from fedward.client.objective import study_loss
 from fedward.client.plan import plan_site, training_plan
 from fedward.client.training import NotPrivate, train
 from fedward.core.site import Site
@@ -45,7 +46,7 @@ def train_centrally(
             expected_batch_size=plan.sample_rate * weight,
         )
         noise = simulated_source(study.study.seed, names, "train", round_number)
-        result = train(model, task.loss, pooled, plan=shaped, noise=noise)
+        result = train(model, study_loss(study, task), pooled, plan=shaped, noise=noise)
         parameters = parameters + result.update
         average = average.add(parameters, round_number=round_number)
     return average.released(parameters)

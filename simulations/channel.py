@@ -14,6 +14,7 @@ import torch
 
 from fedward.client.answers import Round, begin_round, finish_round, verify_release
 from fedward.client.local_site import LocalSite
+from fedward.client.objective import study_loss
 from fedward.client.plan import training_plan
 from fedward.core.errors import AdmissionRefused, FedwardError
 from fedward.core.study import Study
@@ -78,7 +79,7 @@ class CohortChannel:
                 self._numbers = {node: number for number, node in enumerate(members)}
                 self._cohort = Cohort(
                     model,
-                    task.loss,
+                    study_loss(study, task),
                     [self._cohort_site(self._sites[node]) for node in members],
                     device=torch.device(study.simulation.device),
                 )

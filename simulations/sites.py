@@ -12,6 +12,7 @@ from torch import nn
 
 from fedward.client.budget import Budget
 from fedward.client.local_site import Admitted, LocalSite, simulated_split_key
+from fedward.client.objective import study_loss
 from fedward.client.outbox import Keeper, Kept
 from fedward.client.plan import training_plan
 from fedward.client.sources import split
@@ -257,7 +258,7 @@ class Shared:
         if study.hash not in trainers:
             task = get_task(study.study.task)
             model = task.model(study.model.name, **study.model.args)
-            trainers[study.hash] = Trainer(model, task.loss)
+            trainers[study.hash] = Trainer(model, study_loss(study, task))
         return trainers[study.hash]
 
     def examples(self, task: Task, study: Study, site: LocalSite) -> tuple[Examples, Examples]:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fedward.client.training.parts import Loss
+from fedward.tasks.losses import DifferentiatedLoss
 
 
 def weighted(loss: Loss, weights: Sequence[float], *, largest: float = 10.0) -> Loss:
@@ -31,4 +32,13 @@ def weighted(loss: Loss, weights: Sequence[float], *, largest: float = 10.0) -> 
     def weigh(outputs: Tensor, labels: Tensor) -> Tensor:
         return loss(outputs, labels) * table.to(outputs.device)[labels.long()]
 
-    return weigh
+    derivative = getattr(loss, "output_gradient", None)
+    if derivative is None:
+        return weigh
+
+    def derive(outputs: Tensor, labels: Tensor) -> Tensor:
+        each = table.to(outputs.device)[labels.long()]
+        found: Tensor = derivative(outputs, labels)
+        return found.mul_(each.view(-1, *[1] * (found.dim() - 1)))
+
+    return DifferentiatedLoss(weigh, derive)
