@@ -16,7 +16,10 @@ from fedward.client.local_site import LocalSite
 from fedward.core.errors import ConfigError
 from fedward.core.run import RunDirectory
 from fedward.core.study import Study, load_study
+from fedward.privacy.accounting import DpEvent, PrivacySpent, privacy_spent
 from fedward.privacy.mechanisms.stream import BitStream
+from fedward.privacy.units import patient_guarantee
+from fedward.simulations.report import write_report
 from fedward.simulations.simulate import prepare_run, simulate
 from fedward.transport.sums import GradientSum, distributed_mechanism, sum_codec
 
@@ -167,3 +170,52 @@ def test_more_than_64_sites_against_a_malicious_coordinator_is_refused(tmp_path:
 
     with pytest.raises(ConfigError, match=r"\[aggregation\] adversary.*honest-but-curious"):
         simulate(file, run)
+
+
+def test_against_each_adversary_an_epsilon_per_record_says_what_it_means_for_patients(
+    tmp_path: Path,
+) -> None:
+    file = distributed_study(tmp_path, rounds=20)
+    file.write_text(file.read_text().replace("epsilon = 4.0", 'unit = "record"\nepsilon = 2.0'))
+    run = prepare_run(file, tmp_path / "run")
+
+    result = simulate(file, run)
+
+    study = load_study(file)
+    mechanism = distributed_mechanism(study, sites=4, size=28)
+    rows = {row["colluders"]: row for row in result["privacy"]["adversaries"]}
+    for colluders, row in rows.items():
+        event = mechanism.against(survivors=3, colluders=colluders).event(sample_rate=0.3, steps=20)
+        alone = result["privacy"]["sites"]["va"]["patients"] if not colluders else None
+        assert [one["records"] for one in row["patients"]] == [2, 5, 10]
+        for number, one in enumerate(row["patients"]):
+            exact = patient_guarantee(event, records=one["records"], delta=1e-5).epsilon
+            assert one["unit"] == "patient"
+            if one["epsilon"] is None:
+                # Beyond 30, what the discrete noise may fail with would eat up delta.
+                assert exact > 29
+                continue
+            assert one["epsilon"] == pytest.approx(exact, abs=2e-2)
+            assert one["epsilon"] > row["epsilon"]
+            if alone is not None:
+                assert one["epsilon"] == pytest.approx(alone[number]["epsilon"], abs=2e-2)
+    assert rows[0]["patients"][0]["epsilon"] < rows[2]["patients"][0]["epsilon"]
+    write_report(run)
+    report = (run.path / "report.html").read_text()
+    assert "per patient with 10 records" in report
+    assert f"{rows[2]['patients'][0]['epsilon']:.3f}" in report
+
+
+def test_nothing_is_promised_where_the_discrete_noise_may_fail_more_often_than_delta(
+    tmp_path: Path,
+) -> None:
+    study = load_study(distributed_study(tmp_path, rounds=20))
+    mechanism = distributed_mechanism(study, sites=4, size=28)
+
+    def price(event: DpEvent, delta: float) -> PrivacySpent:
+        return privacy_spent(event, delta=delta, unit="patient")
+
+    with pytest.raises(ValueError, match="fails with"):
+        mechanism.bound(price, sample_rate=0.3, steps=20, delta=1e-5, ceiling=60.0)
+    with pytest.raises(ValueError, match="add noise"):
+        mechanism.bound(price, sample_rate=0.3, steps=20, delta=1e-5, ceiling=1.0)
