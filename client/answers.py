@@ -40,7 +40,6 @@ from fedward.tasks.subgroups import groupings
 from fedward.tasks.task import Sums
 from fedward.tasks.weights import class_weights
 from fedward.transport.payload import Payload
-from fedward.transport.sums import clip_by_norm
 
 _ANSWERED = "round {} was answered here already"
 
@@ -221,7 +220,7 @@ def finish_round(site: LocalSite, begun: Round, update: Vector) -> Payload:
         if progress is not None:
             progress.forget()
     # What was paid for is kept as it is; less of it may leave.
-    update = clip_by_norm(update, clip_norm=begun.admitted.study.aggregation.clip_norm)
+    update = site.outgoing(begun.admitted.study, update)
     if begun.masked is not None:
         return begun.masked.mask(update, weight=begun.admitted.plan.weight)
     return Payload({"site": site.name, "round": begun.number}, {"update": update})

@@ -39,6 +39,7 @@ from fedward.strategies.strategy import Vector
 from fedward.tasks.parameters import from_vector, to_vector
 from fedward.tasks.registry import get_task
 from fedward.tasks.task import Examples, Table, Task
+from fedward.transport.sums import clip_by_norm
 
 ZEROED = "zeroed.jsonl"
 
@@ -265,6 +266,10 @@ class LocalSite:
         descriptor = os.open(self.state / ZEROED, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             file.write(line)
+
+    def outgoing(self, study: Study, update: Vector) -> Vector:
+        """What leaves of an update: no more than the study's clip norm, where it has one."""
+        return clip_by_norm(update, clip_norm=study.aggregation.clip_norm)
 
     def size(self, study: Study) -> int:
         """Number of parameters of the study's model."""

@@ -38,17 +38,25 @@ class RunDirectory:
 
     @classmethod
     def create(cls, path: Path, *, study_text: str) -> "RunDirectory":
-        """Start a new run in `path`.
+        """Start a new run in `path`, a folder that is not there or is empty.
 
         Raises:
-            RunError: `path` holds a run already.
+            RunError: `path` holds a run already or something else, or cannot be written.
         """
-        if (path / "study.toml").exists():
+        if (path / "checkpoints").exists():
             raise RunError(
                 f"{path} holds a run already; continue it with --resume, or choose another folder"
             )
-        (path / "checkpoints").mkdir(parents=True, exist_ok=True)
-        write_atomic(path / "study.toml", study_text)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            if any(path.iterdir()):
+                raise RunError(f"{path} is not empty; choose another folder")
+            (path / "checkpoints").mkdir()
+            write_atomic(path / "study.toml", study_text)
+        except OSError as error:
+            raise RunError(
+                f"{path} cannot be written: {error.strerror or error}; choose another folder"
+            ) from error
         return cls(path)
 
     @classmethod
@@ -61,6 +69,11 @@ class RunDirectory:
         if not (path / "study.toml").is_file():
             raise RunError(f"{path} is not a run directory: it has no study.toml")
         return cls(path)
+
+    def discard(self) -> None:
+        """Remove a run in which nothing was begun, so that its folder can be used again."""
+        if not any(event["event"] == "started" for event in self.events()):
+            shutil.rmtree(self.path)
 
     def event(self, kind: str, **fields: Any) -> None:
         """Append one line to `events.jsonl`. Never holds a patient's data or a key."""

@@ -1,13 +1,21 @@
-"""`[simulation]` of a study: what a simulation plays, and no site agrees to."""
+"""`[simulation]` of a study: the sites, the engine, and what happens to whom.
+
+Ignored outside simulation: no part of what a site agrees to.
+"""
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from fedward.core.toml import Section
 
 Scalar = str | int | float | bool
 Args = dict[str, Scalar]
+
+_COLLUDING = frozenset({"alie", "ipm", "min-max"})
+_SCALED = frozenset({"sign-flip", "ipm", "backdoor"})
+_MARKS = frozenset({"share", "feature", "value"})
+_FROM_FILES = ("partition", "args", "dataset", "held_out")
 
 
 class Dropout(Section):
@@ -20,6 +28,18 @@ class Dropout(Section):
     kind: Literal["independent", "bursty"] = "independent"
     rate: float = Field(gt=0, lt=1)
     mean_length: float = Field(default=4.0, ge=1)
+
+    @model_validator(mode="after")
+    def _can_be(self) -> "Dropout":
+        if self.kind == "independent" and "mean_length" in self.model_fields_set:
+            raise ValueError('mean_length belongs to kind = "bursty"; remove it, or name the kind')
+        shortest = self.rate / (1 - self.rate)
+        if self.kind == "bursty" and self.mean_length < shortest:
+            # Spells that short would need a site to leave more than once a round.
+            raise ValueError(
+                f"rate = {self.rate:g} needs a mean_length of {shortest:.3g} rounds or more"
+            )
+        return self
 
 
 class Stragglers(Section):
@@ -34,6 +54,14 @@ class Stragglers(Section):
     spread: float = Field(default=1.0, gt=0)
     deadline: float = Field(default=120.0, gt=0)
 
+    @model_validator(mode="after")
+    def _has_a_spread(self) -> "Stragglers":
+        if self.distribution == "exponential" and "spread" in self.model_fields_set:
+            raise ValueError(
+                "an exponential distribution's spread follows from its median; remove spread"
+            )
+        return self
+
 
 class Malicious(Section):
     """Sites that attack the model; `sites` is how many, or their names.
@@ -43,11 +71,41 @@ class Malicious(Section):
     """
 
     attack: Literal["label-flip", "sign-flip", "alie", "ipm", "min-max", "backdoor"]
-    sites: int | Annotated[tuple[str, ...], Field(strict=False)] = 1
+    sites: (
+        Annotated[int, Field(ge=1)] | Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
+    ) = 1
     scale: float = Field(default=1.0, gt=0)
     share: float = Field(default=0.5, gt=0, le=1)
     feature: int = Field(default=0, ge=0)
     value: float = 3.0
+
+    @model_validator(mode="after")
+    def _takes_them(self) -> "Malicious":
+        given = self.model_fields_set
+        strange = sorted(given & _MARKS) if self.attack != "backdoor" else []
+        if "scale" in given and self.attack not in _SCALED:
+            strange.append("scale")
+        if strange:
+            raise ValueError(f'attack = "{self.attack}" takes no {", ".join(strange)}; remove it')
+        return self
+
+    @property
+    def sees_updates(self) -> bool:
+        """Whether it is made of the round's honest updates."""
+        return self.attack in _COLLUDING
+
+    @property
+    def changes_update(self) -> bool:
+        """Whether an attacker sends something else than what its training gave."""
+        return self.sees_updates or self.factor != 1
+
+    @property
+    def factor(self) -> float:
+        """What an attacker that acts alone multiplies its update by."""
+        if self.attack == "sign-flip":
+            return -self.scale
+        # Model replacement: Bagdasaryan et al. 2020, section 4.2.
+        return self.scale if self.attack == "backdoor" else 1.0
 
 
 class Resources(Section):
@@ -88,3 +146,24 @@ class SimulationSection(Section):
     malicious: Malicious | None = None
     crash: float = Field(default=0.0, ge=0, lt=1)
     coordinator_crash: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "SimulationSection":
+        strange = [name for name in _FROM_FILES if name in self.model_fields_set]
+        if self.sites is not None and strange:
+            raise ValueError(
+                f"sites names files, which say themselves what data they have; remove "
+                f"{', '.join(strange)}"
+            )
+        return self
+
+    @property
+    def happens(self) -> bool:
+        """Whether anything is to happen to anybody."""
+        return bool(
+            self.dropout
+            or self.stragglers
+            or self.malicious
+            or self.crash
+            or self.coordinator_crash
+        )

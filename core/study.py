@@ -345,6 +345,35 @@ class Study(Section):
         """Whether what is protected is all that a hospital holds."""
         return self.privacy.mode != "none" and self.privacy.unit == "site"
 
+    @field_validator("simulation")
+    @classmethod
+    def _scenario_fits(
+        cls, simulation: SimulationSection, info: ValidationInfo
+    ) -> SimulationSection:
+        study, privacy = info.data.get("study"), info.data.get("privacy")
+        aggregation = info.data.get("aggregation")
+        crash, attack = simulation.coordinator_crash, simulation.malicious
+        if study is not None and crash is not None and crash > study.rounds:
+            raise ValueError(
+                f"[simulation] coordinator_crash = {crash} is after the last of "
+                f"[study] rounds = {study.rounds}"
+            )
+        if attack is None or aggregation is None or privacy is None:
+            return simulation
+        if aggregation.secure and attack.sees_updates:
+            raise ValueError(
+                f'[simulation] malicious attack = "{attack.attack}" is made of the updates of '
+                "others, which [aggregation] secure = true hides; choose label-flip, sign-flip or "
+                "backdoor"
+            )
+        if privacy.mode == "distributed" and attack.changes_update:
+            raise ValueError(
+                f'[simulation] malicious attack = "{attack.attack}" changes updates, and '
+                '[privacy] mode = "distributed" sends none; choose label-flip, or backdoor with '
+                "scale = 1.0"
+            )
+        return simulation
+
     @cached_property
     def hash(self) -> str:
         """SHA-256 of what a site agrees to, 64 hexadecimal digits."""

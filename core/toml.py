@@ -84,6 +84,23 @@ def name_of(location: tuple[str, ...]) -> str:
     return f"[{'.'.join(location[:-1])}] {location[-1]}"
 
 
+def in_file(error: ConfigError, file: Path) -> ConfigError:
+    """An error that was found in "study", as one in the file that the user wrote, with the line."""
+    if error.file != "study":
+        return error
+    try:
+        text = file.read_text(encoding="utf-8")
+    except OSError:
+        text = ""
+    line = None
+    if error.key is not None and (
+        found := re.fullmatch(r"\[(.+?)\] ?([A-Za-z0-9_.-]*)", error.key)
+    ):
+        names = (*found[1].split("."), *([found[2]] if found[2] else []))
+        line = line_of(text, names)
+    return ConfigError(error.problem, file=str(file), line=line, key=error.key)
+
+
 def _explain(error: ValidationError, kind: type[BaseModel], *, file: str, text: str) -> ConfigError:
     errors = error.errors(include_url=False)
     # A misspelt key is also a missing one; the misspelling is what helps.

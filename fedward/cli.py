@@ -102,7 +102,13 @@ def simulate(  # noqa: PLR0917 (options, which typer passes by name)
 ) -> None:
     """Run a study with all its sites on this machine, once or over a sweep of settings."""
     if sweep or seeds > 1:
-        folder = resume or out or Path("runs") / f"{study.stem}-sweep"
+        if runtime not in {None, "in-process"} or durable or resume:
+            option = "--durable" if durable else "--resume" if resume else "--runtime"
+            hint = "give it in the study's [simulation]"
+            if resume:
+                hint = "start the same command again: what has ended is not run again"
+            raise typer.BadParameter(f"does not go with a sweep; {hint}", param_hint=option)
+        folder = out or Path("runs") / f"{study.stem}-sweep"
         _sweep(study, sweep or [], folder, seeds=seeds, workers=workers, json_output=json_output)
         return
     from fedward.console import follow, print_result
@@ -114,6 +120,8 @@ def simulate(  # noqa: PLR0917 (options, which typer passes by name)
 
     if runtime not in {None, "in-process", "ray", "loopback"}:
         raise typer.BadParameter("choose in-process, ray or loopback", param_hint="--runtime")
+    if resume and out:
+        raise typer.BadParameter("a run goes on in its own folder", param_hint="--out")
     loaded = load_study(study)
     path = resume or out or new_run_path(Path("runs"), loaded)
     run = prepare_run(study, path, resume=resume is not None)
@@ -136,12 +144,18 @@ def _sweep(
 
     points = plan_sweep(study, axes, seeds=seeds)
     at_once = workers or os.cpu_count() or 1
-    with show_sweep(len(points), quiet=json_output) as progress:
-        result = run_sweep(study, points, out, workers=at_once, progress=progress)
+    try:
+        with show_sweep(len(points), quiet=json_output) as progress:
+            result = run_sweep(study, points, out, workers=at_once, progress=progress)
+    except KeyboardInterrupt:
+        sys.stderr.write("stopped; the same command goes on with the sweep\n")
+        raise typer.Exit(130) from None
     if json_output:
         _emit(result)
     else:
         print_sweep(result)
+    if result["failed"]:
+        raise typer.Exit(1)
 
 
 @app.command()

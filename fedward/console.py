@@ -19,6 +19,7 @@ from fedward.core.run import RunDirectory
 _OUT = Console(highlight=False)
 _ERR = Console(stderr=True, highlight=False)
 _LOOK_EVERY = 0.1
+_LOG_EVERY = 10.0
 
 Show = Callable[[str, Mapping[str, Any]], None]
 
@@ -69,20 +70,43 @@ def _watch(run: RunDirectory, progress: Progress, task: Any, stop: threading.Eve
 
 
 @contextlib.contextmanager
-def show_sweep(runs: int, *, quiet: bool) -> Iterator[Callable[[int, int, float], None]]:
-    """Show a sweep's progress, with the time to its end at the rate so far."""
-    if quiet or not _ERR.is_terminal:
+def show_sweep(runs: int, *, quiet: bool) -> Iterator[Callable[[int, int, float | None], None]]:
+    """Show a sweep's progress, with the time to its end at the rate so far.
+
+    On a terminal a line that changes; in a log a line now and then.
+    """
+    if quiet:
         yield lambda _done, _of, _left: None
+        return
+    if not _ERR.is_terminal:
+        yield _lines(_LOG_EVERY)
         return
     with _bar() as bar:
         task = bar.add_task("sweep: first runs", total=runs)
 
-        def show(done: int, of: int, left: float) -> None:
-            minutes, seconds = divmod(round(left), 60)
-            what = f"sweep: about {minutes}:{seconds:02d} left"
+        def show(done: int, of: int, left: float | None) -> None:
+            what = "sweep: first runs" if left is None else f"sweep: {_left(left)}"
             bar.update(task, completed=done, total=of, description=what)
 
         yield show
+
+
+def _lines(every: float) -> Callable[[int, int, float | None], None]:
+    said = [time.monotonic(), 0.0]
+
+    def show(done: int, of: int, left: float | None) -> None:
+        now = time.monotonic()
+        if done > said[1] and left is not None and (now - said[0] > every or done == of):
+            said[:] = now, float(done)
+            _ERR.print(f"{done} of {of} runs, {_left(left)}")
+
+    return show
+
+
+def _left(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"about {f'{hours}:{minutes:02d}' if hours else minutes}:{rest:02d} left"
 
 
 def print_sweep(result: Mapping[str, Any]) -> None:

@@ -109,7 +109,7 @@ def coordinate(
     )
 
 
-def refuse_impossible(study: Study, roster: Roster | None) -> None:
+def refuse_impossible(study: Study, roster: Mapping[str, object] | None) -> None:
     """Check, before anything is sent, that the study's lines go together.
 
     Raises:

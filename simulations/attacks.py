@@ -1,4 +1,4 @@
-"""What malicious sites send: attacks on the update, by sites that know the honest ones.
+"""What malicious sites send together: attacks on the update, by sites that know the honest ones.
 
 They are the strongest that the literature has: the attackers act together and see the round's
 honest updates before they answer.
@@ -19,20 +19,18 @@ _LARGEST = 64.0
 
 
 def forge(attack: Malicious, own: Vector, honest: Sequence[Vector], *, attackers: int) -> Vector:
-    """What an attacker sends.
+    """What an attacker sends, of "alie", "ipm" and "min-max".
 
     Args:
         attack: How.
         own: What the attacker's training gave.
         honest: The round's honest updates.
         attackers: How many sites attack together.
+
+    Raises:
+        ValueError: The attack is one that a site makes alone.
     """
-    if attack.attack == "sign-flip":
-        return -np.float32(attack.scale) * own
-    if attack.attack == "backdoor":
-        # Model replacement: Bagdasaryan et al. 2020, section 4.2.
-        return np.float32(attack.scale) * own
-    if attack.attack == "label-flip" or not honest:
+    if not honest:
         return own
     stacked = np.stack(honest).astype(np.float64)
     mean, deviation = stacked.mean(0), stacked.std(0)
@@ -42,8 +40,10 @@ def forge(attack: Malicious, own: Vector, honest: Sequence[Vector], *, attackers
     elif attack.attack == "ipm":
         # Xie, Koyejo and Gupta 2019: the inner product with the mean turns negative.
         forged = -attack.scale * mean
-    else:
+    elif attack.attack == "min-max":
         forged = _min_max(stacked, mean, deviation)
+    else:
+        raise ValueError(f'"{attack.attack}" needs nobody else\'s update')
     return forged.astype(np.float32)
 
 

@@ -1,8 +1,8 @@
 """Sites for a run on one machine: a site file and a state folder each, below the run's folder."""
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from fedward.core.run import RunDirectory
 from fedward.core.site import Site, load_site
 from fedward.core.study import Study
 from fedward.simulations.partitions import (
+    Partition,
     data_card,
     draw_card,
     make_partition,
@@ -30,6 +31,7 @@ PUBLISHER = Path("keys") / "publisher.pem"
 LEDGERS = "ledgers.sqlite"
 _COMMENT = "# A simulated site: it draws from the study's seed, and nothing of it is private.\n"
 _LISTING, _ROSTER, _ROWS = "sites.txt", "roster.toml", "partition.safetensors"
+_NAMED = 12  # sites in an error
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,45 +139,92 @@ def _bytes_of(table: Table) -> bytes:
 
 def _given_sites(study: Study, study_file: Path) -> list[Path]:
     pattern = str(study.simulation.sites)
-    files = sorted(study_file.resolve().parent.glob(pattern))
-    if not files:
+    try:
+        found = sorted(study_file.resolve().parent.glob(pattern))
+    except (ValueError, NotImplementedError) as error:
+        raise ConfigError(
+            f'= "{pattern}" is no pattern of files: {error}', file="study", key="[simulation] sites"
+        ) from error
+    if not found:
         raise ConfigError(
             f'= "{pattern}" matches no file beside the study',
-            file=str(study_file),
+            file="study",
             key="[simulation] sites",
         )
-    for file in files:
-        load_site(file)
-    return files
+    names: dict[str, Path] = {}
+    for file in found:
+        name = load_site(file).name
+        if name in names:
+            raise ConfigError(
+                f'= "{name}" is {names[name]}, too', file=str(file), key="[site] name"
+            )
+        names[name] = file
+    return [names[name] for name in _present(study, names)]
+
+
+def _present(study: Study, names: Collection[str]) -> list[str]:
+    """The names of sites that are not left out."""
+    out = study.simulation.leave_out
+    unknown = sorted(set(out) - set(names))
+    problem = f"names no site {', '.join(unknown)}; sites: {_some(names)}" if unknown else ""
+    if set(names) == set(out):
+        problem = "leaves out every site"
+    if problem:
+        raise ConfigError(problem, file="study", key="[simulation] leave_out")
+    return [name for name in names if name not in out]
+
+
+def _some(names: Collection[str]) -> str:
+    """Names for an error, of which a thousand help nobody."""
+    more = len(names) - _NAMED
+    return ", ".join(list(names)[:_NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+def spread(study: Study) -> tuple[Partition, Table]:
+    """Spread embedded data over sites, as the study asks.
+
+    Returns:
+        The partition, without the sites that are left out, and the pooled table that it is of.
+
+    Raises:
+        ConfigError: There is no such data set or partitioner, or its arguments do not fit.
+    """
+    task, simulation = get_task(study.study.task), study.simulation
+    table = datasets.pooled(simulation.dataset or task.name)
+    partition = make_partition(
+        table,
+        label=task.schema.label.name,
+        kind=simulation.partition,
+        args=simulation.args,
+        seed=study.study.seed,
+    )
+    rows = {name: partition.rows[name] for name in _present(study, partition.rows)}
+    return replace(partition, rows=rows), table
+
+
+def site_names(study: Study, *, study_file: Path) -> list[str]:
+    """The names of the sites that `provision` would make or find. Raises as it does."""
+    if study.simulation.sites is not None:
+        return [load_site(file).name for file in _given_sites(study, study_file)]
+    return list(spread(study)[0].rows)
 
 
 def _embedded_sites(study: Study, folder: Path, *, durable: bool) -> dict[Path, Site]:
     task = get_task(study.study.task)
     dataset = study.simulation.dataset or task.name
-    path = None
-    if study.simulation.partition == "natural" and not study.simulation.args:
-        sizes = datasets.partitions(dataset)
+    partition, table = spread(study)
+    card = data_card(partition, table, label=task.schema.label.name)
+    write_atomic(folder / "partition.json", json.dumps(card, indent=1) + "\n")
+    write_atomic(folder / "partition.svg", draw_card(card))
+    if study.simulation.partition == "natural":
+        published, path = datasets.partitions(dataset), None
+        sizes = {name: published[name] for name in partition.rows}
     else:
-        table = datasets.pooled(dataset)
-        label = task.schema.label.name
-        partition = make_partition(
-            table,
-            label=label,
-            kind=study.simulation.partition,
-            args=study.simulation.args,
-            seed=study.study.seed,
-        )
         write_rows(partition, folder / _ROWS)
-        card = data_card(partition, table, label=label)
-        write_atomic(folder / "partition.json", json.dumps(card, indent=1) + "\n")
-        write_atomic(folder / "partition.svg", draw_card(card))
-        sizes = {name: len(rows) for name, rows in partition.rows.items()}
-        path = f"../{_ROWS}"
+        sizes, path = {name: len(rows) for name, rows in partition.rows.items()}, f"../{_ROWS}"
     (folder / "sites").mkdir(parents=True, exist_ok=True)
     made, policy = dict[Path, Site](), None
     for name, public_size in sizes.items():
-        if name in study.simulation.leave_out:
-            continue
         values = _site_values(name, public_size, dataset, study, path=path, durable=durable)
         file = folder / "sites" / f"{name}.toml"
         # Not flushed: a power cut costs no more than a simulation begun anew.

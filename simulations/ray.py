@@ -18,7 +18,7 @@ from fedward.core.run import RunDirectory
 from fedward.core.site import load_site
 from fedward.core.study import Study, load_study
 from fedward.server.channel import FlowerChannel
-from fedward.simulations.faults import RetryingChannel, run_until_done, with_scenario
+from fedward.simulations.faults import RetryingChannel, run_until_done
 from fedward.simulations.provision import Provisioned
 from fedward.simulations.scenarios import Scenario, make_scenario
 from fedward.simulations.sites import SimulatedSite
@@ -63,7 +63,7 @@ def run_on_ray(
     def main(grid: Grid, context: Context) -> None:
         context.run_config.update(config)
         flower = RetryingChannel(FlowerChannel(grid), retries=resources.retries, log=run.event)
-        run_until_done(with_scenario(flower, scenario, run), context, run)
+        run_until_done(flower, scenario, context, run)
 
     try:
         with warnings.catch_warnings():

@@ -342,6 +342,11 @@ def _to_whom(events: Sequence[Mapping[str, Any]]) -> str:
         for site, found in sorted(rounds.items())
     )
     notes = [f"The coordinator: {event['reason']}." for event in crashes]
+    notes += [
+        f"Round {event['round']} was void: {event['reason']}."
+        for event in events
+        if event["event"] == "void"
+    ]
     if waited:
         notes.append(f"Rounds took {waited:.0f} virtual seconds in all, of which nobody waited.")
     return (

@@ -15,9 +15,11 @@ from fedward.core.canonical import digest
 from fedward.core.errors import ConfigError
 from fedward.core.simulated import Dropout, Malicious, SimulationSection, Stragglers
 from fedward.core.study import Study
+from fedward.strategies.strategy import Vector
 from fedward.tasks.task import Examples
 
 _CHAIN = 256
+_NAMED = 12  # sites in an error
 
 
 @dataclass(frozen=True)
@@ -28,17 +30,18 @@ class Scenario:
         seed: Of the study.
         settings: What is asked for.
         malicious: The sites that attack.
+        tries: How often the round was void before.
     """
 
     seed: int
     settings: SimulationSection
     malicious: frozenset[str] = field(default_factory=frozenset)
+    tries: int = 0
 
     @property
     def quiet(self) -> bool:
         """Whether nothing ever happens."""
-        s = self.settings
-        return not (s.dropout or s.stragglers or s.malicious or s.crash or s.coordinator_crash)
+        return not self.settings.happens
 
     @property
     def has_trigger(self) -> bool:
@@ -46,27 +49,43 @@ class Scenario:
         attack = self.settings.malicious
         return attack is not None and attack.attack == "backdoor"
 
+    def again(self, tries: int) -> "Scenario":
+        """What happens when a void round was tried so many times: chances are drawn anew."""
+        return replace(self, tries=tries)
+
     def dropped(self, site: str, round_number: int) -> bool:
         """Whether a site cannot be reached in a round."""
         match self.settings.dropout:
             case None:
                 return False
             case Dropout(kind="independent", rate=rate):
-                return _chance(self.seed, "dropout", site, round_number) < rate
+                return self._chance("dropout", site, round_number) < rate
             case Dropout() as dropout:
-                return _away(self.seed, dropout, site, round_number)
+                # A try takes the time of a round, in which a spell may end.
+                return _away(self.seed, dropout, site, round_number + self.tries)
 
     def crashes(self, site: str, round_number: int) -> bool:
         """Whether a site crashes after it paid for a round, and before it answers."""
         crash = self.settings.crash
-        return crash > 0 and _chance(self.seed, "crash", site, round_number) < crash
+        return crash > 0 and self._chance("crash", site, round_number) < crash
 
     def seconds(self, site: str, round_number: int) -> float:
         """Virtual seconds that a site takes; 0 where nobody is asked to be slow."""
         stragglers = self.settings.stragglers
         if stragglers is None:
             return 0.0
-        return _quantile(stragglers, _chance(self.seed, "latency", site, round_number))
+        return _quantile(stragglers, self._chance("latency", site, round_number))
+
+    def outgoing(self, site: str, update: Vector) -> Vector:
+        """What an attacker that acts alone sends in place of its update."""
+        attack = self.settings.malicious
+        if attack is None or site not in self.malicious or attack.factor == 1:
+            return update
+        return np.float32(attack.factor) * update
+
+    def _chance(self, what: str, site: str, round_number: int) -> float:
+        tried = f"/{self.tries}" if self.tries else ""
+        return _chance(self.seed, what + tried, site, round_number)
 
     def poison(self, site: str, training: Examples) -> Examples:
         """A site's training data, as an attacker would have them."""
@@ -112,7 +131,10 @@ def make_scenario(study: Study, sites: Sequence[str]) -> Scenario:
         chosen = list(attack.sites)
         unknown = sorted(set(chosen) - set(sites))
         if unknown:
-            raise _wrong(f"names no site {', '.join(unknown)}; sites: {', '.join(sites)}")
+            known = ", ".join(sites[:_NAMED]) + (", …" if len(sites) > _NAMED else "")
+            raise _wrong(f"names no site {', '.join(unknown)}; sites: {known}")
+        if len(set(chosen)) == len(sites):
+            raise _wrong("leaves no honest site")
     return Scenario(study.study.seed, study.simulation, frozenset(chosen))
 
 

@@ -12,15 +12,16 @@ from flwr.common.constant import SUPERLINK_NODE_ID
 
 from fedward.client.app import make_app
 from fedward.client.evaluation import evaluate_model
-from fedward.core.errors import RunError
+from fedward.core.errors import ConfigError, RunError
 from fedward.core.run import RunDirectory, manifest
 from fedward.core.study import Study, load_study
+from fedward.core.toml import in_file
 from fedward.server.channel import FlowerChannel
 from fedward.server.checkpoint import load_checkpoint
 from fedward.server.outcome import Tally
 from fedward.simulations.attacks import attack_success
 from fedward.simulations.channel import CohortChannel, MemoryChannel
-from fedward.simulations.faults import run_until_done, with_scenario
+from fedward.simulations.faults import run_until_done
 from fedward.simulations.grid import InProcessGrid
 from fedward.simulations.provision import data_fingerprints, provision
 from fedward.simulations.scenarios import Scenario, make_scenario
@@ -40,18 +41,24 @@ def prepare_run(study_file: Path, path: Path, *, resume: bool = False) -> RunDir
 
     Raises:
         ConfigError: The study is wrong; nothing was written.
-        RunError: The run is there already, or not, or has ended, or is of another study.
+        RunError: The run is there already, or not, or has ended, or is of another study; or its
+            folder cannot be written.
     """
     study = load_study(study_file)
     text = study_file.read_text(encoding="utf-8")
     if not resume:
         return RunDirectory.create(path, study_text=text)
     run = RunDirectory.open(path)
-    if load_study(run.path / "study.toml").hash != study.hash:
+    if load_study(run.path / "study.toml").model_dump() != study.model_dump():
         raise RunError(f"{path} is a run of another study; resume it with its own study.toml")
-    if (run.path / "metrics.json").exists():
-        raise RunError(f"{path} has ended already; see its metrics.json")
+    if _result_of(run).get("reported") is not None:
+        raise RunError(f"{path} has ended already; see its metrics.json and report.html")
     return run
+
+
+def _result_of(run: RunDirectory) -> dict[str, Any]:
+    """What there is of `metrics.json`; without `reported` the coordinator alone has ended."""
+    return run.read_json("metrics.json") if (run.path / "metrics.json").exists() else {}
 
 
 def simulate(
@@ -71,10 +78,28 @@ def simulate(
         patients; `reported` is what the sites told the coordinator, noised where the study is.
 
     Raises:
+        ConfigError: The study asks for what cannot be had; the run's folder is gone again.
         FedwardError: The run failed; it can be resumed.
     """
+    try:
+        return _simulate(study_file, run, runtime=runtime, durable=durable)
+    except ConfigError as error:
+        run.discard()
+        raise in_file(error, study_file) from error
+
+
+def _simulate(
+    study_file: Path, run: RunDirectory, *, runtime: str | None, durable: bool
+) -> dict[str, Any]:
     study = load_study(run.path / "study.toml")
     chosen = runtime or study.simulation.runtime
+    if chosen == "loopback" and study.simulation.happens:
+        raise ConfigError(
+            '= "loopback" starts real sites, to which nothing of a scenario happens; use '
+            '"in-process" or "ray", or remove what is to happen',
+            file="study",
+            key="[simulation] runtime",
+        )
     sites = provision(run, study, study_file=study_file, durable=durable or chosen != "in-process")
     files = sites.load()
     run.write_json("manifest.json", manifest(study, data=data_fingerprints(files), runtime=chosen))
@@ -90,7 +115,12 @@ def simulate(
         "roster": str(sites.roster) if study.aggregation.secure else "",
     }
     with open_sites(run, files, scenario) as local:
-        if chosen == "in-process":
+        if scenario.has_trigger:
+            _, held_out = next(iter(local.values())).examples(get_task(study.study.task), study)
+            scenario.trigger(held_out)  # or raises, before anything begins
+        if _result_of(run):
+            pass  # the coordinator ended, and was stopped before what follows
+        elif chosen == "in-process":
             run_in_process(run, study, local, scenario, config)
         elif chosen == "ray":
             from fedward.simulations.ray import run_on_ray
@@ -122,7 +152,7 @@ def run_in_process(
     kept = MemoryChannel(cohort, nodes, keep=sites.keep)
     context = Context(grid.run.run_id, SUPERLINK_NODE_ID, {}, RecordDict(), dict(config))
     with closing(grid), _looking_at_what_is_new():
-        run_until_done(with_scenario(kept, scenario, run), context, run)
+        run_until_done(kept, scenario, context, run)
     sites.keep()
 
 

@@ -60,6 +60,10 @@ class SimulatedSite(LocalSite):
     def _clean_examples(self, task: Task, study: Study) -> tuple[Examples, Examples]:
         return super().examples(task, study)
 
+    def outgoing(self, study: Study, update: Vector) -> Vector:
+        """As a site's; a malicious one may send something else, masked like any update."""
+        return self._scenario.outgoing(self.name, super().outgoing(study, update))
+
 
 class MemorySite(SimulatedSite):
     """A simulated site that writes nothing to disk.
@@ -150,9 +154,15 @@ class MemorySite(SimulatedSite):
             known = self._budget = super().budget(admitted)
         return known
 
-    def outbox(self, study: Study) -> Keeper:  # noqa: ARG002 (a site's own depends on it)
-        """Keeps nothing of a round: the seed gives the same update again."""
-        return _EMPTY
+    def outbox(self, study: Study) -> Keeper:
+        """Keeps nothing of a round, as the seed gives the same update again.
+
+        It does so among the same sites of a batch. Where some may be away when a void round is
+        tried again, the update is kept.
+        """
+        if self._scenario.quiet:
+            return _EMPTY
+        return self._outboxes.setdefault(study.hash, MemoryOutbox(keeps=True))
 
     def metrics_outbox(self, study: Study) -> Keeper:
         """The outbox of the study's one release of metrics."""

@@ -1,14 +1,12 @@
 """Sweeps: one study over a grid of settings and seeds, in parallel, resumable, one table."""
 
+import fcntl
 import itertools
 import json
-import multiprocessing
-import os
 import re
-import time
 import tomllib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +15,9 @@ from fedward.core.errors import ConfigError, RunError
 from fedward.core.files import write_atomic
 from fedward.core.study import Study
 from fedward.core.toml import build
+from fedward.simulations.sweep_pool import Job, Progress, has_ended, run_jobs
 
 Value = str | int | float | bool
-Progress = Callable[[int, int, float], None]
 _KEY = re.compile(r"[a-z_]+(\.[a-z_]+)+")
 
 
@@ -49,21 +47,31 @@ def plan_sweep(study_file: Path, axes: Sequence[str], *, seeds: int) -> list[Poi
     Raises:
         ConfigError: An axis is malformed, or a study that comes out is not allowed.
     """
+    from fedward.simulations.checks import Checks
+
     try:
         values = tomllib.loads(study_file.read_text(encoding="utf-8"))
-    except (OSError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"cannot be read: {error}", file=str(study_file)) from error
+    except OSError as error:
+        raise ConfigError(f"cannot be read: {error.strerror}", file=str(study_file)) from error
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"is not valid TOML: {error}", file=str(study_file)) from error
     first = build(values, Study, file=str(study_file)).study.seed
-    parsed = [_parse_axis(axis) for axis in axes]
-    parsed.append(("study.seed", [first + number for number in range(seeds)]))
-    points = []
+    parsed = _parse_axes(axes, seeds=[first + number for number in range(seeds)])
+    points: list[Point] = []
+    checks = Checks(study_file)
     for choice in itertools.product(*(options for _, options in parsed)):
         settings = dict(zip((key for key, _ in parsed), choice, strict=True))
         changed = json.loads(json.dumps(values))
         for key, value in settings.items():
             _put(changed, key, value)
-        build(changed, Study, file=f"{study_file} with {_label(settings)}")
+        study = build(changed, Study, file=f"{study_file} with {_label(settings)}")
+        checks.check(study, file=f"{study_file} with {_label(settings)}")
         points.append(Point(settings, _folder(settings), write_toml(changed)))
+    if len({point.folder for point in points}) < len(points):
+        raise ConfigError(
+            "two values of an axis differ only in signs that no folder's name can have",
+            file="--sweep",
+        )
     return points
 
 
@@ -82,79 +90,60 @@ def run_sweep(
         points: From `plan_sweep`.
         out: The sweep's folder; runs that ended there are kept as they are.
         workers: Processes at a time.
-        progress: Told, as each run ends, how many of how many are done and how many seconds are
-            left at the rate so far.
+        progress: Told, every second or so, how many of how many runs are done, and how many
+            seconds are left at the rate so far; None before there is one.
 
     Returns:
         What `sweep.json` holds: a row a run, and the means over seeds.
+
+    Raises:
+        RunError: The folder cannot be used, is of another sweep, or is in use by one; or no run
+            ended.
     """
     from fedward.simulations.sweep_results import collect, write_results
 
-    out.mkdir(parents=True, exist_ok=True)
-    write_atomic(out / "points.json", json.dumps([dict(p.settings) for p in points], indent=1))
-    todo = [point for point in points if not (out / point.folder / "metrics.json").exists()]
-    failed = _run_all(study_file, todo, out, workers=workers, progress=progress, of=len(points))
-    rows = collect(points, out)
-    if not rows:
-        raise RunError(f"no run of the sweep ended: {next(iter(failed.values()), 'none')}")
-    return write_results(rows, out, axes=_axes(points), failed=failed)
+    with _folder_to_itself(out):
+        todo = _todo(points, out)
+        write_atomic(out / "points.json", json.dumps([dict(p.settings) for p in points], indent=1))
+        failed = run_jobs(study_file, todo, workers=workers, progress=progress, of=len(points))
+        rows = collect(points, out)
+        if not rows:
+            raise RunError(f"no run of the sweep ended: {next(iter(failed.values()), 'none')}")
+        return write_results(rows, out, axes=_axes(points), failed=failed)
 
 
-def _run_all(
-    study_file: Path,
-    todo: Sequence[Point],
-    out: Path,
-    *,
-    workers: int,
-    progress: Progress | None,
-    of: int,
-) -> dict[str, str]:
-    """Returns why the runs that failed did, by folder."""
-    failed: dict[str, str] = {}
-    if not todo:
-        return failed
-    begun, before = time.monotonic(), of - len(todo)
-    # Fresh interpreters: torch's threads and a ledger's connections do not survive a fork.
-    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
-    with pool:
-        futures = {
-            pool.submit(run_point, study_file, point.text, out / point.folder): point.folder
-            for point in todo
-        }
-        try:
-            for done, future in enumerate(as_completed(futures), start=1):
-                problem = future.result()
-                if problem is not None:
-                    failed[futures[future]] = problem
-                if progress is not None:
-                    # Rate so far, which knows how many cores there really were.
-                    rate = (time.monotonic() - begun) / done
-                    progress(before + done, of, rate * (len(todo) - done))
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    return failed
-
-
-def run_point(study_file: Path, text: str, folder: Path) -> str | None:
-    """One run of a sweep, begun or gone on with. Returns why it failed, or None."""
-    import torch
-
-    from fedward.core.errors import FedwardError
-    from fedward.simulations.simulate import prepare_run, simulate
-
-    torch.set_num_threads(1)
-    # Beside the study, so that its relative paths mean the same.
-    file = study_file.parent / f".{folder.name}-{os.getpid()}.toml"
-    file.write_text(text, encoding="utf-8")
+@contextmanager
+def _folder_to_itself(out: Path) -> Iterator[None]:
+    """A sweep's folder, which no other sweep uses meanwhile."""
     try:
-        begun = (folder / "study.toml").exists()
-        simulate(file, prepare_run(file, folder, resume=begun))
-    except FedwardError as error:
-        return f"{type(error).__name__}: {error}"
-    finally:
-        file.unlink(missing_ok=True)
-    return None
+        out.mkdir(parents=True, exist_ok=True)
+        lock = (out / "sweep.lock").open("w", encoding="utf-8")
+    except OSError as error:
+        raise RunError(
+            f"{out} cannot be written: {error.strerror or error}; choose another with --out"
+        ) from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RunError(
+                f"another sweep is running in {out}; wait for it, or choose another with --out"
+            ) from None
+        yield
+
+
+def _todo(points: Sequence[Point], out: Path) -> list[Job]:
+    todo = []
+    for point in points:
+        folder, study = out / point.folder, out / point.folder / "study.toml"
+        if study.exists() and study.read_text(encoding="utf-8") != point.text:
+            raise RunError(
+                f"{folder} holds a run of another study; choose another folder with --out, or "
+                "delete it"
+            )
+        if not has_ended(folder):
+            todo.append(Job(folder, point.text))
+    return todo
 
 
 def write_toml(values: Mapping[str, Any]) -> str:
@@ -171,6 +160,19 @@ def _table(values: Mapping[str, Any], path: tuple[str, ...]) -> Iterable[str]:
     for key, value in values.items():
         if isinstance(value, dict):
             yield from _table(value, (*path, key))
+
+
+def _parse_axes(axes: Sequence[str], *, seeds: Sequence[int]) -> list[tuple[str, list[Value]]]:
+    parsed = [_parse_axis(axis) for axis in axes]
+    for key, options in parsed:
+        if [name for name, _ in parsed].count(key) > 1:
+            raise ConfigError(f'"{key}" is given twice; give all its values in one', file="--sweep")
+        if len({(type(option), option) for option in options}) < len(options):
+            raise ConfigError(f'"{key}" has a value twice', file="--sweep")
+    given = [options for key, options in parsed if key == "study.seed"]
+    if given and len(seeds) > 1:
+        raise ConfigError('"study.seed" is what --seeds varies; give one of them', file="--sweep")
+    return parsed if given else [*parsed, ("study.seed", list(seeds))]
 
 
 def _parse_axis(axis: str) -> tuple[str, list[Value]]:
@@ -195,7 +197,10 @@ def _read(text: str) -> Value:
 def _put(values: dict[str, Any], key: str, value: Value) -> None:
     *tables, last = key.split(".")
     for table in tables:
-        values = values.setdefault(table, {})
+        inner = values.setdefault(table, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f'"{key}": {table} is no table of the study', file="--sweep")
+        values = inner
     old = values.get(last)
     # 4 for a setting that was 4.0 means 4.0.
     values[last] = float(value) if isinstance(old, float) and isinstance(value, int) else value

@@ -152,7 +152,8 @@ def test_attacks_are_what_their_papers_say() -> None:
     own, mean = honest[0], np.mean(honest, axis=0)
     widest = max(float(np.linalg.norm(a - b)) for a in honest for b in honest)
 
-    flipped = forge(Malicious(attack="sign-flip", scale=2.0), own, honest, attackers=2)
+    flip = SimulationSection(malicious=Malicious(attack="sign-flip", scale=2.0))
+    flipped = Scenario(1, flip, frozenset({"bad"})).outgoing("bad", own)
     ipm = forge(Malicious(attack="ipm", scale=0.5), own, honest, attackers=2)
     hidden = forge(Malicious(attack="min-max"), own, honest, attackers=2)
     alie = forge(Malicious(attack="alie"), own, honest, attackers=2)
