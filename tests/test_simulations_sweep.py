@@ -87,7 +87,8 @@ def test_a_sweep_runs_ends_in_a_table_and_is_not_run_again(tmp_path: Path) -> No
 
     assert [row["seeds"] for row in first["summary"]] == [2, 2]
     assert sorted(seen, key=lambda at: at[0]) == seen
-    assert seen[-1] == (4, 4, 0)
+    assert seen[-1][:2] == (4, 4)
+    assert seen[-1][2] == 0
     assert (tmp_path / "out" / points[0].folder / "metrics.json").stat().st_mtime_ns == touched
     assert [r["pooled.auroc"] for r in second["runs"]] == [r["pooled.auroc"] for r in first["runs"]]
     with (tmp_path / "out" / "sweep.csv").open() as file:
