@@ -4,6 +4,8 @@ import sys
 import tomllib
 from pathlib import Path
 
+from studies import NO_PRIVACY, write_study
+
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 MAPPED: dict[str, str] = PROJECT["tool"]["setuptools"]["package-dir"]
@@ -41,10 +43,25 @@ def test_nothing_that_is_heavy_is_imported_to_show_help() -> None:
 def test_the_serving_adapter_imports_neither_torch_nor_flower() -> None:
     code = (
         "import sys; import fedward.serving.server; "
-        "print([m for m in ('torch', 'flwr', 'opacus', 'sklearn') if m in sys.modules])"
+        "print([m for m in ('torch', 'flwr', 'opacus', 'sklearn', 'numba') if m in sys.modules])"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
     )
 
     assert done.stdout.strip() == "[]"
+
+
+def test_nothing_is_compiled_where_no_noise_is_drawn(tmp_path: Path) -> None:
+    study = write_study(tmp_path, privacy=NO_PRIVACY, rounds=1)
+    code = (
+        "import sys; from typer.testing import CliRunner; from fedward.cli import app; "
+        f"result = CliRunner().invoke(app, ['simulate', {str(study)!r}, '--json']); "
+        "import fedward.privacy.mechanisms.rows, fedward.client.training; "
+        "print(result.exit_code, 'numba' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+
+    assert done.stdout.strip() == "0 False"

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from fedward.privacy.mechanisms import (
     seeding,
     simulated_source,
 )
-from fedward.privacy.mechanisms.noise import noise_step, steps_per_unit
+from fedward.privacy.mechanisms.noise import draw_steps, noise_step, steps_per_unit
 from fedward.privacy.mechanisms.normal import RESOLUTION
 from fedward.privacy.mechanisms.sources import SecureSource, SimulatedSource, simulated_sources
 
@@ -286,11 +287,59 @@ def test_noise_may_take_the_place_of_what_it_hides(source: NoiseSource, size: in
             add_noise(vector, std=0.5, sensitivity=1.0, source=source, out=wrong)
 
 
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64, np.int64])
+def test_a_vector_may_be_of_any_kind_and_closed_to_writing(kind: type[np.generic]) -> None:
+    vector = np.arange(12).astype(kind)[::2].reshape(2, 3).T
+    vector.flags.writeable = False
+
+    released = add_noise(vector, std=1.0, sensitivity=1.0, source=Silent())
+
+    assert released.dtype == np.float32
+    np.testing.assert_allclose(released, np.arange(0, 12, 2).reshape(2, 3).T, atol=1e-6)
+    np.testing.assert_array_equal(vector, np.arange(0, 12, 2).reshape(2, 3).T)
+
+
+def plain_sum(
+    vector: NDArray[np.float32] | NDArray[np.float64], drawn: NDArray[np.int32], step: float
+) -> NDArray[np.float32]:
+    """What `add_noise` promises, by fractions: 24 bits rounded, and what is left rounded."""
+    scale = Fraction(steps_per_unit(step))
+    released = []
+    for value, noise in zip(vector.tolist(), drawn.tolist(), strict=True):
+        upper = float(np.float32(value))
+        whole = round(Fraction(upper) * scale) + round(Fraction(value - upper) * scale) + noise
+        released.append(np.float32(float(whole)) * np.float32(step))
+    return np.array(released, np.float32)
+
+
+@settings(max_examples=100)
+@given(
+    secret=st.lists(st.floats(-1e4, 1e4), min_size=1, max_size=20),
+    std=st.floats(1e-3, 1e3),
+    double=st.booleans(),
+    seed=st.integers(0, 1 << 20),
+)
+def test_what_is_released_is_the_rounded_sum_by_fractions(
+    secret: list[float], std: float, double: bool, seed: int
+) -> None:
+    vector = in_precision(np.array(secret), double=double)
+    drawn = np.empty(vector.size, np.int32)
+    draw_steps(drawn, source=simulated_source(seed))
+
+    released = add_noise(vector, std=std, sensitivity=std, source=simulated_source(seed))
+
+    step = noise_step(std, sensitivity=std, size=vector.size)
+    np.testing.assert_array_equal(released, plain_sum(vector, drawn, step))
+
+
 def test_add_noise_refuses_what_noise_cannot_hide() -> None:
     source = SOURCES[0]
     for bad in (math.nan, math.inf, -math.inf):
-        with pytest.raises(ValueError, match="not finite"):
-            add_noise(np.array([0.0, bad]), std=1.0, sensitivity=1.0, source=source)
+        for vector in (np.array([0.0, bad]), np.array([bad, 0.0], np.float32)):
+            with pytest.raises(ValueError, match="not finite"):
+                add_noise(vector, std=1.0, sensitivity=1.0, source=source)
+    with pytest.raises(ValueError, match="not finite"):
+        add_noise(np.array([1e300]), std=1.0, sensitivity=1.0, source=source)
     for std in (0.0, -1.0, math.nan, math.inf):
         with pytest.raises(ValueError, match="std must be positive"):
             add_noise(np.zeros(3), std=std, sensitivity=1.0, source=source)

@@ -21,20 +21,18 @@ from typing import Any, Final, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from fedward.privacy.mechanisms.compiled import compiled
 from fedward.privacy.mechanisms.normal import RESOLUTION
 
 _APART: Final = 2
 """Steps by which an element of two neighbours' vectors can be farther apart after rounding.
 
-Each is moved by one at most: by a half when it is rounded, and by a quarter before that in single
-precision, or by a half once more in double precision, see `whole_sums`.
+Each is moved by a half when it is rounded, and, in double precision, by a half once more, see
+`release`.
 """
 
-_CHUNK: Final = 1 << 17  # a request has a fixed cost, and its working space is to stay small
-BLOCK: Final = 1 << 15  # worked on at a time, in the second-level cache
-_SINGLES: Final = 2.0**24
-"""Steps below which a product in single precision is off by at most a quarter before it is rounded,
-or by a half where it is whole by itself."""
+_FOR_RELEASE: Final = ("C", "A", "W")
+_CHUNK: Final = 1 << 17  # a request has a fixed cost, and its working space is to stay in cache
 _LARGEST: Final = float(np.finfo(np.float32).max)
 _FINEST: Final = 1e-30  # standard deviation, so that a step and its inverse are single precision
 
@@ -99,19 +97,28 @@ def add_noise(
             in single precision: an infinite or NaN element would show through any noise.
     """
     step = noise_step(std, sensitivity=sensitivity, size=np.size(vector))
-    flat: NDArray[Any] = np.ascontiguousarray(vector).reshape(-1)
+    flat: NDArray[Any] = np.require(vector, requirements=_FOR_RELEASE).reshape(-1)
     released = np.empty(flat.size, dtype=np.float32) if out is None else out.reshape(-1)
     if released.size != flat.size or not (out is None or out.flags.c_contiguous):
         raise ValueError("out is contiguous and of the vector's shape")
+    add_in_steps(flat, step=step, source=source, out=released)
+    return released.reshape(np.shape(vector))
+
+
+def add_in_steps(
+    flat: NDArray[Any], *, step: float, source: NoiseSource, out: NDArray[np.float32]
+) -> None:
+    """What `add_noise` does, to arrays of shape `(size,)`, by a `noise_step`."""
+    scale, unit = steps_per_unit(step), np.float32(step)
     memory = np.empty(min(_CHUNK, flat.size), dtype=np.int32)
     for start in range(0, flat.size, _CHUNK):
-        steps = memory[: flat.size - start]
-        draw_steps(steps, source=source)
-        for first in range(0, steps.size, BLOCK):
-            drawn = steps[first : first + BLOCK]
-            at = slice(start + first, start + first + drawn.size)
-            _release(flat[at], drawn, step, released[at])
-    return released.reshape(np.shape(vector))
+        part = flat[start : start + _CHUNK]
+        drawn = memory[: part.size]
+        draw_steps(drawn, source=source)
+        upper, lower = _halves(part)
+        if not release(upper, lower, drawn, scale, unit, out[start : start + _CHUNK]):
+            raise ValueError("a vector that is not finite cannot be released with noise")
+    memory.fill(0)
 
 
 def noise_step(std: float, *, sensitivity: float, size: int) -> float:
@@ -156,53 +163,49 @@ def steps_per_unit(step: float) -> float:
     return float(np.float32(1 / step))
 
 
-def in_singles(largest: float, step: float, *, dtype: np.dtype[Any]) -> bool:
-    """Whether what is at most `largest` in absolute value is rounded in single precision.
-
-    Raises:
-        ValueError: It is not finite in single precision.
-    """
-    if not largest <= _LARGEST:
-        raise ValueError("a vector that is not finite cannot be released with noise")
-    return dtype == np.float32 and largest < _SINGLES * step
+def _halves(part: NDArray[Any]) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
+    """A double in two parts, of 24 and 29 bits; of single precision there is no second one."""
+    if part.dtype == np.float32:
+        return part, _NOTHING
+    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused
+        upper: NDArray[np.float32] = part.astype(np.float32)
+        return upper, np.subtract(part, upper, dtype=np.float64)
 
 
-def whole_sums(
-    part: NDArray[Any], drawn: NDArray[np.int32], scale: Any, *, singles: bool
-) -> NDArray[np.float32]:
-    """`part`, in steps, rounded, and `drawn`, whose memory is used; in single precision.
+@compiled("boolean(float32[::1], float64[::1], int32[::1], float64, float32, float32[::1])")
+def release(  # noqa: PLR0917 (compiled code knows no keywords)
+    upper: NDArray[np.float32],
+    lower: NDArray[np.float64],
+    drawn: NDArray[np.int32],
+    scale: float,
+    step: np.float32,
+    out: NDArray[np.float32],
+) -> bool:
+    """Round to steps, add what was drawn, and overwrite `out` with the sum.
+
+    A double holds the products exactly, of 24 bits and 24 or 29, so that each is rounded once. What
+    the additions round is the sum, noise included, as is what follows them.
 
     Args:
-        part: Any shape.
-        drawn: Of the same shape.
-        scale: `steps_per_unit`, float32, one number or an array to broadcast.
-        singles: As `in_singles` has it; how it was computed does not show in what is given.
+        upper: What is released, shape `(size,)`.
+        lower: To be added to `upper`, and rounded by itself, shape `(size,)`; or empty.
+        drawn: Whole numbers, shape `(size,)`.
+        scale: `steps_per_unit`.
+        step: In single precision.
+        out: May be `upper`.
+
+    Returns:
+        Whether all of `upper` is finite; if not, `out` is good for nothing.
     """
-    if singles:
-        scaled: NDArray[np.float32] = np.multiply(part, scale)
-        np.rint(scaled, out=scaled)
-        drawn += scaled.astype(np.int32)
-        np.copyto(scaled, drawn)
-        return scaled
-    # A double in two parts, of 24 and 29 bits, whose products are exact. What the last addition
-    # rounds is the sum, noise included, as is what follows it.
-    upper = part.astype(np.float32)
-    lower = np.subtract(part, upper, dtype=np.float64)
-    lower *= scale
-    np.rint(lower, out=lower)
-    lower += drawn
-    whole = np.multiply(upper, scale, dtype=np.float64)
-    np.rint(whole, out=whole)
-    whole += lower
-    summed: NDArray[np.float32] = whole.astype(np.float32)
-    return summed
+    finite = True
+    for place in range(out.size):
+        value = np.float64(upper[place])
+        finite &= bool(abs(value) <= _LARGEST)
+        noise = np.float64(drawn[place])
+        if lower.size > 0:
+            noise += np.rint(lower[place] * scale)
+        out[place] = np.float32(np.rint(value * scale) + noise) * step
+    return finite
 
 
-def _release(
-    part: NDArray[Any], drawn: NDArray[np.int32], step: float, out: NDArray[np.float32]
-) -> None:
-    """Round `part` to steps, add `drawn`, and write the sum to `out`."""
-    largest = max(-float(part.min()), float(part.max()))
-    singles = in_singles(largest, step, dtype=part.dtype)
-    scaled = whole_sums(part, drawn, np.float32(steps_per_unit(step)), singles=singles)
-    np.multiply(scaled, np.float32(step), out=out)
+_NOTHING: Final = np.empty(0, np.float64)

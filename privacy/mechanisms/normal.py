@@ -20,6 +20,8 @@ from typing import Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from fedward.privacy.mechanisms.compiled import compiled
+
 Words = Callable[[NDArray[np.uint64]], None]
 """Overwrites an array with uniform words, new ones at each call."""
 
@@ -32,137 +34,156 @@ _WIDTH: Final = 1 << _BITS
 _BLOCK: Final = 1 << 15  # draws that are worked on at a time: they stay in the second-level cache
 _ENTRIES: Final = 1 << 12  # of the table of boxes, about
 _COLUMNS_TO: Final = 5  # standard deviations; there are no bricks beyond 3.4, and boxes still
-_BATCH: Final = 1 << 11  # draws that are in no brick are made together
 _PER_ROOT: Final = 1 / (RESOLUTION * math.sqrt(2 * math.pi))
-_UNIT: Final = 2.0**-53
+_LOWER: Final = np.uint32(_BRICKS - 1)
+_UPPER: Final = np.uint32(_BITS)
+_SURPLUS: Final = np.uint64(11)
+_UNIT: Final = 2.0**-53  # uniform numbers are odd multiples of half of this
+
+
+class Uncovered(NamedTuple):
+    """What the bricks leave of the area, and what proposals for it are made of.
+
+    Attributes:
+        boxes: Columns, each as often as the height of its box, around what the density leaves
+            above the bricks, asks for.
+        left: Where columns begin, half below their first whole number, shape `(columns,)`.
+        heights: Of the bricks in a column together, shape `(columns,)`.
+        tallest: How high a box is, shape `(columns,)`.
+        boxes_to: Share of the boxes in what is proposed.
+        right_from: Share of the boxes and the left tail.
+        left_edge: Where the left tail ends.
+        right_edge: Where the right tail begins.
+        per_gap: 1 / log(1 - mass): from one draw that is uncovered to the next it is 1 and the
+            whole part of this times the logarithm of a uniform number.
+    """
+
+    boxes: NDArray[np.int64]
+    left: NDArray[np.float64]
+    heights: NDArray[np.float64]
+    tallest: NDArray[np.float64]
+    boxes_to: float
+    right_from: float
+    left_edge: float
+    right_edge: float
+    per_gap: float
 
 
 class Bricks(NamedTuple):
     """How the area is cut.
 
     Attributes:
-        first: The first whole number in each brick, shape `(65536,)`.
+        column: Which one a brick is in, that is, its first whole number over its width, shape
+            `(65536,)`.
         rest: Probability that a draw is in no brick.
-        left: Where columns begin, half below their first whole number, shape `(columns,)`.
-        heights: Of the bricks in a column together, shape `(columns,)`.
-        boxes: Columns, each as often as the height of its box, around what the density leaves
-            above the bricks, asks for.
-        tallest: How high a box is, shape `(columns,)`.
-        tails: Where the tails begin, left and right.
-        shares: Of boxes, and of boxes and right tail, in what proposals are made from.
+        uncovered: Where that is.
     """
 
-    first: NDArray[np.int32]
+    column: NDArray[np.int16]
     rest: float
-    left: NDArray[np.float64]
-    heights: NDArray[np.float64]
-    boxes: NDArray[np.int64]
-    tallest: NDArray[np.float64]
-    tails: tuple[float, float]
-    shares: tuple[float, float]
+    uncovered: Uncovered
 
 
-class NormalSteps:
-    """Rounded normal draws from a stream of words. Not for two threads at a time.
+def draw_normal(out: NDArray[np.int32], words: Words) -> None:
+    """Overwrite `out`, contiguous, shape `(size,)`, with rounded normal draws.
+
+    Nothing of a draw is left anywhere else.
+    """
+    table = bricks()
+    largest = min(_BLOCK, out.size)
+    memory = np.empty(_words_for(largest, table.rest), np.uint64)
+    for start in range(0, out.size, _BLOCK):
+        drawn = out[start : start + _BLOCK]
+        one_each = (drawn.size + 1) // 2
+        word = memory[: _words_for(drawn.size, table.rest)]
+        words(word)
+        lay(word[:one_each].view(np.uint32), table.column, drawn)
+        rest = word[one_each:]
+        place = put_beyond(rest, *table.uncovered, drawn, -1)
+        while place < drawn.size:
+            words(rest)
+            place = put_beyond(rest, *table.uncovered, drawn, place)
+    memory.fill(0)
+
+
+def _words_for(draws: int, rest: float) -> int:
+    """One for two draws, and what those that are in no brick need; seldom they need more."""
+    return (draws + 1) // 2 + 16 + int(8 * rest * draws)
+
+
+@compiled("void(uint32[::1], int16[::1], int32[::1])")
+def lay(words: NDArray[np.uint32], column: NDArray[np.int16], out: NDArray[np.int32]) -> None:
+    """Overwrite `out` with draws out of bricks: as many words, and the columns of the bricks."""
+    for place in range(out.size):
+        word = words[place]
+        out[place] = np.int32(column[word & _LOWER]) * _WIDTH + np.int32(word >> _UPPER)
+
+
+@compiled(
+    "int64(uint64[::1], int64[::1], float64[::1], float64[::1], float64[::1],"
+    " float64, float64, float64, float64, float64, int32[::1], int64)"
+)
+def put_beyond(  # noqa: PLR0917 (compiled code knows no keywords)
+    words: NDArray[np.uint64],
+    boxes: NDArray[np.int64],
+    left: NDArray[np.float64],
+    heights: NDArray[np.float64],
+    tallest: NDArray[np.float64],
+    boxes_to: float,
+    right_from: float,
+    left_edge: float,
+    right_edge: float,
+    per_gap: float,
+    out: NDArray[np.int32],
+    place: int,
+) -> int:
+    """Overwrite what is in no brick, which each draw is independently of the others.
+
+    By rejection, about .6 of the proposals are kept; each has four words, of which the last says
+    how far it is to the next draw that is in no brick.
 
     Args:
-        words: Where the randomness comes from.
+        words: Uniform.
+        boxes: As in `Uncovered`, like what follows.
+        left: See there.
+        heights: See there.
+        tallest: See there.
+        boxes_to: See there.
+        right_from: See there.
+        left_edge: See there.
+        right_edge: See there.
+        per_gap: See there.
+        out: Draws.
+        place: Of the draw to overwrite first; -1 where all begins.
+
+    Returns:
+        The size of `out` or more; or, if there were too few words, the place to go on from.
     """
-
-    def __init__(self, words: Words) -> None:
-        self._words = words
-        self._word = np.empty(0, dtype=np.uint64)
-        self._brick = np.empty(0, dtype=np.int64)
-        # Of draws to come: which ones are in no brick, counted from the next, and what those are.
-        self._places = np.empty(0, dtype=np.int64)
-        self._values = np.empty(0, dtype=np.int32)
-
-    def fill(self, out: NDArray[np.int32]) -> None:
-        """Overwrite `out`, contiguous, shape `(size,)`."""
-        table = bricks()
-        largest = min(_BLOCK, out.size)
-        if self._brick.size < largest:
-            self._word = np.empty((largest + 1) // 2, dtype=np.uint64)
-            self._brick = np.empty(largest, dtype=np.int64)
-        for start in range(0, out.size, _BLOCK):
-            drawn = out[start : start + _BLOCK]
-            word = self._word[: (drawn.size + 1) // 2]
-            self._words(word)
-            halves = word.view(np.uint16)
-            brick = self._brick[: drawn.size]
-            np.copyto(brick, halves[: drawn.size])
-            np.take(table.first, brick, out=drawn, mode="clip")
-            np.add(drawn, halves[drawn.size : 2 * drawn.size], out=drawn)
-        # What is left here would say what the last draws were.
-        self._word[: (largest + 1) // 2] = 0
-        self._brick[:largest] = 0
-        self._put_beyond(out)
-
-    def _put_beyond(self, out: NDArray[np.int32]) -> None:
-        """Overwrite what is in no brick; places and values are made for many draws at a time."""
-        places = self._places
-        while not places.size or places[-1] < out.size:
-            last = int(places[-1]) if places.size else -1
-            places = np.concatenate([places, last + gaps(_BATCH, self._words).cumsum()])
-        count = int(np.searchsorted(places, out.size))
-        while self._values.size < count:
-            self._values = np.concatenate([self._values, beyond(2 * _BATCH, self._words)])
-        out[places[:count]] = self._values[:count]
-        self._places = places[count:] - out.size
-        places[:count] = 0
-        self._values[:count] = 0
-        self._values = self._values[count:]
-
-
-def gaps(size: int, words: Words) -> NDArray[np.int64]:
-    """From one draw that is in no brick to the next, each independently of the others, >= 1."""
-    drawn = np.log(_uniform(size, words))
-    drawn *= 1 / math.log1p(-bricks().rest)
-    steps = drawn.astype(np.int64)
-    steps += 1
-    return steps
-
-
-def beyond(proposals: int, words: Words) -> NDArray[np.int32]:
-    """Draws of what the bricks leave of the density, rounded: about .6 of the proposals."""
-    return np.rint(_proposals(proposals, words)).astype(np.int32)
-
-
-def _proposals(size: int, words: Words) -> NDArray[np.float64]:
-    """Those of `size` proposals that are below the density and above the bricks."""
-    table = bricks()
-    across, up = _uniform(2 * size, words).reshape(2, size)
-    place = across * (table.boxes.size / table.shares[0])
-    entry = place.astype(np.int64)
-    column = np.take(table.boxes, entry, mode="clip")
-    place -= entry
-    x = np.take(table.left, column)
-    place *= _WIDTH
-    x += place
-    height = np.take(table.tallest, column)
-    height *= up
-    height += np.take(table.heights, column)
-    keep = height < _density(x)
-    tail = np.flatnonzero(across >= table.shares[0])
-    if tail.size:
-        # Marsaglia 1964: an exponential tail about the normal one.
-        right = across[tail] < table.shares[1]
-        start = np.where(right, table.tails[1], -table.tails[0]) / RESOLUTION
-        excess = -np.log(_uniform(tail.size, words)) / start
-        x[tail] = np.where(right, start + excess, -start - excess) * RESOLUTION
-        keep[tail] = up[tail] < np.exp(-0.5 * excess * excess)
-    return x[keep]
-
-
-def _uniform(size: int, words: Words) -> NDArray[np.float64]:
-    """Odd multiples of 2**-54 between 0 and 1: neither end is reached."""
-    word = np.empty(size, dtype=np.uint64)
-    words(word)
-    word >>= np.uint64(11)
-    drawn = word.astype(np.float64)
-    drawn += 0.5
-    drawn *= _UNIT
-    return drawn
+    for at in range(0, words.size - 3, 4):
+        if place >= out.size:
+            break
+        across = (np.float64(words[at] >> _SURPLUS) + 0.5) * _UNIT
+        up = (np.float64(words[at + 1] >> _SURPLUS) + 0.5) * _UNIT
+        if across < boxes_to:
+            along = across * (boxes.size / boxes_to)
+            entry = int(along)
+            column = boxes[entry]
+            x = left[column] + (along - entry) * _WIDTH
+            bell = math.exp(-0.5 * (x / RESOLUTION) * (x / RESOLUTION)) * _PER_ROOT
+            keep = heights[column] + up * tallest[column] < bell
+        else:
+            # Marsaglia 1964: an exponential tail about the normal one.
+            edge = left_edge if across < right_from else right_edge
+            further = (np.float64(words[at + 2] >> _SURPLUS) + 0.5) * _UNIT
+            excess = -math.log(further) * RESOLUTION / edge
+            x = edge + excess * RESOLUTION
+            keep = up < math.exp(-0.5 * excess * excess)
+        if keep or place < 0:
+            if place >= 0:
+                out[place] = math.floor(x + 0.5)
+            gap = (np.float64(words[at + 3] >> _SURPLUS) + 0.5) * _UNIT
+            place += 1 + int(math.log(gap) * per_gap)
+    return place
 
 
 def _density(x: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -196,17 +217,20 @@ def bricks() -> Bricks:
     top = np.where(first == 0, _PER_ROOT, np.maximum(at_left, at_right)[used])
     unit = (top - heights).sum() / _ENTRIES
     entries = np.ceil((top - heights) / unit).astype(np.int64)
-    tails = (float(left[0]), float(left[-1]) + _WIDTH)
-    around = _density(np.array(tails)) * RESOLUTION**2 / np.abs(tails)
+    edges = np.array([left[0], left[-1] + _WIDTH])
+    around = _density(edges) * RESOLUTION**2 / np.abs(edges)
     boxes = float(entries.sum()) * unit * _WIDTH
     proposed = boxes + float(around.sum())
-    return Bricks(
-        first=np.repeat(first, count).astype(np.int32),
-        rest=1 - _BRICKS * low,
+    rest = 1 - _BRICKS * low
+    uncovered = Uncovered(
+        boxes=np.repeat(np.arange(count.size), entries),
         left=left,
         heights=heights,
-        boxes=np.repeat(np.arange(count.size), entries),
         tallest=entries * unit,
-        tails=tails,
-        shares=(boxes / proposed, float(boxes + around[1]) / proposed),
+        boxes_to=boxes / proposed,
+        right_from=(boxes + float(around[0])) / proposed,
+        left_edge=float(edges[0]),
+        right_edge=float(edges[1]),
+        per_gap=1 / math.log1p(-rest),
     )
+    return Bricks(np.repeat(first // _WIDTH, count).astype(np.int16), rest, uncovered)

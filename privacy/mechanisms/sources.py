@@ -11,8 +11,8 @@ import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext, algorithms, modes
 from numpy.typing import NDArray
 
-from fedward.privacy.mechanisms.noise import NoiseSource
-from fedward.privacy.mechanisms.normal import RESOLUTION, NormalSteps
+from fedward.privacy.mechanisms.noise import DrawsSteps, NoiseSource
+from fedward.privacy.mechanisms.normal import RESOLUTION, draw_normal
 from fedward.privacy.mechanisms.seeding import Seed, philox_keys
 
 _KEY_BYTES = 32
@@ -85,7 +85,6 @@ class SecureSource:
         self._lock = threading.Lock()
         self._process = os.getpid()
         self._stream = _stream(os.urandom(_KEY_BYTES))
-        self._normal = NormalSteps(self._fill)
 
     def uniform(self, size: int) -> NDArray[np.float64]:
         """See `NoiseSource`; multiples of 2**-53."""
@@ -97,15 +96,12 @@ class SecureSource:
 
     def gaussian(self, size: int, *, std: float) -> NDArray[np.float64]:
         """See `NoiseSource`; multiples of `std / RESOLUTION`."""
-        std = _std(std)
-        steps = np.empty(_size(size), dtype=np.int32)
-        self.normal_steps(steps)
-        return np.multiply(steps, std / RESOLUTION)
+        return _gaussian(self, size, std)
 
     def normal_steps(self, out: NDArray[np.int32]) -> None:
         """See `DrawsSteps` and `normal`: of each draw 32 random bits, or 100 and more."""
         with self._request():
-            self._normal.fill(out)
+            draw_normal(out, self._fill)
 
     @contextmanager
     def _request(self) -> Iterator[None]:
@@ -149,22 +145,22 @@ class SimulatedSource:
             return self._generator.random(_size(size))
 
     def gaussian(self, size: int, *, std: float) -> NDArray[np.float64]:
-        """See `NoiseSource`."""
-        with self._lock:
-            drawn = self._generator.standard_normal(_size(size))
-        drawn *= _std(std)
-        return drawn
+        """See `NoiseSource`; multiples of `std / RESOLUTION`."""
+        return _gaussian(self, size, std)
 
-    def fill_gaussian(self, out: NDArray[np.float64], *, std: float) -> None:
-        """Overwrite `out`, shape `(size,)`, contiguous, with what `gaussian` would give."""
+    def normal_steps(self, out: NDArray[np.int32]) -> None:
+        """See `DrawsSteps` and `normal`."""
         with self._lock:
-            self._generator.standard_normal(out=out)
-        out *= _std(std)
+            draw_normal(out, self._fill)
 
     def fill_uniform(self, out: NDArray[np.float64]) -> None:
         """Overwrite `out`, shape `(size,)`, contiguous, with what `uniform` would give."""
         with self._lock:
             self._generator.random(out=out)
+
+    def _fill(self, words: NDArray[np.uint64]) -> None:
+        """Overwrite `words` with the next ones of the stream."""
+        words[:] = self._generator.bit_generator.random_raw(words.size)
 
 
 _NO_WORDS = np.zeros(4, np.uint64)
@@ -179,6 +175,13 @@ _PHILOX = {
 
 def _stream(key: bytes) -> CipherContext:
     return Cipher(algorithms.AES256(key), modes.CTR(_ZERO_COUNTER)).encryptor()
+
+
+def _gaussian(source: DrawsSteps, size: int, std: float) -> NDArray[np.float64]:
+    scale = _std(std) / RESOLUTION
+    steps = np.empty(_size(size), dtype=np.int32)
+    source.normal_steps(steps)
+    return np.multiply(steps, scale)
 
 
 def _size(size: int) -> int:
