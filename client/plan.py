@@ -9,6 +9,7 @@ from fedward.core.errors import AdmissionRefused
 from fedward.core.site import Site
 from fedward.core.study import Study
 from fedward.privacy.accounting import calibrate
+from fedward.strategies.registry import make_strategy
 from fedward.transport.monitor import local_monitor_noise, monitor_mechanism
 from fedward.transport.sums import distributed_mechanism
 
@@ -177,5 +178,6 @@ def training_plan(
         schedule=training.schedule,
         schedule_steps=plan.steps * plan.rounds,
         first_step=plan.steps * (round_number - 1),
+        proximal=make_strategy(study.strategy.name, study.strategy.args).proximal,
         averaging=training.averaging,
     )

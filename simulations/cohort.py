@@ -188,6 +188,8 @@ class Cohort:
             if private and sources is not None:
                 total = self._noised(total, plans[:active], sources)
             total /= divisors[:active, None]
+            if plan.proximal and step:
+                total.add_(stacked[:active] - flat, alpha=plan.proximal)
             optimizer.step(total, learning_rate=plan.learning_rate_at(step))
         updates = (stacked - flat).float().cpu().numpy()
         return [self._whole(update) for update in updates]

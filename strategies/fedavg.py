@@ -31,6 +31,11 @@ class FedAvg:
         """A weighted sum is enough."""
         return "sum"
 
+    @property
+    def proximal(self) -> float:
+        """Sites are free to go where they like."""
+        return 0.0
+
     def init(self, parameters: Vector) -> State:
         """Start from `parameters`."""
         return State(parameters=parameters.astype(np.float32, copy=True))

@@ -5,9 +5,10 @@ from collections.abc import Callable, Mapping
 from fedward.core.errors import ConfigError
 from fedward.core.simulated import Args
 from fedward.strategies.fedavg import FedAvg
+from fedward.strategies.fedprox import FedProx
 from fedward.strategies.strategy import Strategy
 
-STRATEGIES: Mapping[str, Callable[..., Strategy]] = {"fedavg": FedAvg}
+STRATEGIES: Mapping[str, Callable[..., Strategy]] = {"fedavg": FedAvg, "fedprox": FedProx}
 
 
 def make_strategy(name: str, args: Args, *, file: str = "study") -> Strategy:

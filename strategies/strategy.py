@@ -52,6 +52,11 @@ class Strategy(Protocol):
         """`sum` runs under secure aggregation; `each` must see single updates."""
         ...
 
+    @property
+    def proximal(self) -> float:
+        """Weight of the proximal term that sites add to their loss; 0 for none."""
+        ...
+
     def init(self, parameters: Vector) -> State:
         """The state before the first round."""
         ...

@@ -113,6 +113,8 @@ class TrainingPlan:
         schedule: How the learning rate falls over `schedule_steps` steps.
         schedule_steps: Length of the schedule over all rounds; 0 means `steps`.
         first_step: Number of steps taken in the rounds before, where the schedule stands.
+        proximal: Weight of half the squared distance from where the round began, added to the
+            loss (Li et al., MLSys 2020). It is of parameters alone and costs nothing.
         averaging: What a round gives: the `last` iterate, the mean of the second half of them
             (`tail`), or their exponential moving average (`ema`). All cost nothing.
         ema_decay: Of `ema`, in (0, 1).
@@ -132,6 +134,7 @@ class TrainingPlan:
     schedule: Schedule = "constant"
     schedule_steps: int = 0
     first_step: int = 0
+    proximal: float = 0.0
     averaging: Averaging = "last"
     ema_decay: float = 0.99
 
@@ -154,6 +157,8 @@ class TrainingPlan:
             )
         if self.first_step < 0 or self.schedule_steps < 0:
             raise ValueError("first_step and schedule_steps are 0 or more")
+        if not (self.proximal >= 0 and math.isfinite(self.proximal)):
+            raise ValueError(f"proximal is 0 or more, not {self.proximal}")
         if not 0 < self.ema_decay < 1:
             raise ValueError(f"ema_decay is in (0, 1), not {self.ema_decay}")
 

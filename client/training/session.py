@@ -142,6 +142,9 @@ class Session:
             if total.device.type != "cpu":
                 total = torch.from_numpy(released).to(total.device)
             self._adapt(guarantee, within - batch.patients / 2, noise)
+        if self._plan.proximal and self.steps:
+            pull = self._plan.proximal * self._plan.expected_batch_size
+            total.add_(self.flat - self._start, alpha=pull)
         self._optimizer.step(
             total,
             learning_rate=self._plan.learning_rate_at(self.steps),
