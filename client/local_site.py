@@ -38,6 +38,7 @@ from fedward.privacy.secagg import SiteSession
 from fedward.strategies.strategy import Vector
 from fedward.tasks.parameters import from_vector, to_vector
 from fedward.tasks.registry import get_task
+from fedward.tasks.study_model import study_model
 from fedward.tasks.task import Examples, Table, Task
 from fedward.transport.sums import clip_by_norm
 
@@ -197,7 +198,7 @@ class LocalSite:
             UpdateRejected: The parameters are not a vector of the model's size.
         """
         task = get_task(study.study.task)
-        model = task.model(study.model.name, **study.model.args)
+        model = study_model(study, task)
         from_vector(model, self.check_parameters(study, parameters))
         return task, model
 
@@ -274,7 +275,7 @@ class LocalSite:
     def size(self, study: Study) -> int:
         """Number of parameters of the study's model."""
         if study.hash not in self._sizes:
-            model = get_task(study.study.task).model(study.model.name, **study.model.args)
+            model = study_model(study, get_task(study.study.task))
             self._sizes[study.hash] = to_vector(model).size
         return self._sizes[study.hash]
 

@@ -17,11 +17,13 @@ from fedward.core.toml import Section, parse_toml, read_toml
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
 Unit = Literal["record", "patient", "site"]
 Mode = Literal["none", "local", "distributed", "central"]
-_TRAINING_BEFORE = {
+_TRAINING_BEFORE: dict[str, Any] = {
     "schedule": "constant",
     "averaging": "last",
     "class_weights": None,
     "prevalence": None,
+    "freeze": [],
+    "adapters": None,
 }
 _ADAPTIVE = ("clip_quantile", "clip_learning_rate", "clip_count_noise")
 
@@ -42,6 +44,18 @@ class ModelSection(Section):
     args: Args = Field(default_factory=dict)
 
 
+class AdaptersSection(Section):
+    """`[training] adapters`: train corrections of low rank in place of these linear layers.
+
+    `layers` are names of the model's, `rank` that of the corrections, and `scale` the alpha of Hu
+    et al., ICLR 2022. Other layers are trained as they are, unless `freeze` names them.
+    """
+
+    layers: Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
+    rank: int = Field(ge=1, le=4096)
+    scale: float = Field(default=8.0, gt=0)
+
+
 class TrainingSection(Section):
     """`[training]`: what a site does in a round.
 
@@ -55,6 +69,8 @@ class TrainingSection(Section):
     `class_weights` are public numbers, one a class of the label, by which the loss of its examples
     is multiplied before anything is clipped; "balanced" makes them of `prevalence`, the public
     share of the positive class, or the shares of all classes.
+
+    What `freeze` names of the model's layers stays as the task gives it.
     """
 
     local_epochs: float | None = Field(default=None, gt=0)
@@ -70,6 +86,8 @@ class TrainingSection(Section):
     class_weights: (
         Literal["balanced"] | Annotated[tuple[float, ...], Field(strict=False)] | None
     ) = None
+    freeze: tuple[str, ...] = Field(default=(), strict=False)
+    adapters: AdaptersSection | None = None
     prevalence: float | Annotated[tuple[float, ...], Field(strict=False)] | None = None
 
     @model_validator(mode="after")

@@ -72,9 +72,11 @@ def publish(
 
     from fedward.tasks.golden import raw_probabilities
     from fedward.tasks.parameters import from_vector, to_named
+    from fedward.tasks.study_model import published_model, study_model
 
-    model = task.model(study.model.name, **study.model.args)
+    model = study_model(study, task)
     from_vector(model, np.ascontiguousarray(parameters, dtype=np.float32))
+    published_model(model)
     model.eval()
     statement = privacy_statement(privacy)
     facts = {
@@ -86,11 +88,12 @@ def publish(
         **training,
     }
     onnx = task.export_onnx(model, fitted)
-    variants = make_variants(onnx, num_parameters=parameters.size)
+    named = to_named(model)
+    variants = make_variants(onnx, num_parameters=sum(array.size for array in named.values()))
     inputs = golden_inputs(task.schema.features, seed=study.hash)
     measured = measure_variants(onnx, variants, inputs)
     golden = write_golden(inputs, raw_probabilities(task, model, inputs, fitted))
-    weights = save(to_named(model), metadata={"format": "np"})
+    weights = save(named, metadata={"format": "np"})
 
     def build(version: int) -> dict[str, bytes]:
         signature = ModelSignature(

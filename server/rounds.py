@@ -28,6 +28,7 @@ from fedward.strategies.registry import make_strategy
 from fedward.strategies.strategy import State, Strategy, Vector
 from fedward.tasks.parameters import to_vector
 from fedward.tasks.registry import get_task
+from fedward.tasks.study_model import study_model
 from fedward.tasks.subgroups import groupings
 from fedward.tasks.weights import class_weights
 from fedward.transport.payload import Payload
@@ -73,7 +74,7 @@ def coordinate(
     refuse_impossible(study, settings.roster)
     task = get_task(study.study.task)
     strategy = make_strategy(study.strategy.name, study.strategy.args)
-    model = task.model(study.model.name, **study.model.args)
+    model = study_model(study, task)
     checkpoint = load_checkpoint(run.path / "checkpoints", study_hash=study.hash) or Checkpoint(
         round_number=0,
         study_hash=study.hash,

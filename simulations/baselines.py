@@ -17,6 +17,7 @@ from fedward.privacy.mechanisms import simulated_source
 from fedward.strategies.averaging import IterateAverage
 from fedward.strategies.strategy import Vector
 from fedward.tasks.parameters import from_vector, to_vector
+from fedward.tasks.study_model import study_model
 from fedward.tasks.task import Examples, Task
 
 
@@ -31,7 +32,7 @@ def train_centrally(
     Returns:
         The model, a flat float32 vector.
     """
-    model = task.model(study.model.name, **study.model.args)
+    model = study_model(study, task)
     pooled = pool(examples)
     plan = plan_site(study, sites[0])
     weight = sum(plan_site(study, site).weight for site in sites)

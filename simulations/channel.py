@@ -26,6 +26,7 @@ from fedward.simulations.engines import Choice, choose_engine
 from fedward.simulations.sites import PartitionSite
 from fedward.strategies.strategy import Vector
 from fedward.tasks.registry import get_task
+from fedward.tasks.study_model import study_model
 from fedward.transport.payload import Payload
 
 ADMIT, TRAIN, PUBLISH = "query.admit", "train.update", "query.publish"
@@ -72,7 +73,7 @@ class CohortChannel:
         if self._choice is None:
             study = self._study
             task = get_task(study.study.task)
-            model = task.model(study.model.name, **study.model.args)
+            model = study_model(study, task)
             members = self._members()
             self._choice = choose_engine(study, model, sites=len(members))
             if self._choice.engine == "vectorised":

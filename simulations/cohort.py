@@ -114,7 +114,7 @@ class Cohort:
 
     def train(self, parameters: Vector, turns: Sequence[Turn]) -> Iterator[Vector]:
         """Train from `parameters`; updates come in the order of `turns`."""
-        flat = self._trained(parameters)
+        flat = torch.from_numpy(parameters.copy()).to(self._device)
         updates: dict[int, Vector] = {}
         # Sites that are alike go together: less padding, and they end at the same step.
         order = sorted(range(len(turns)), key=lambda number: self._order_of(turns[number]))
@@ -147,16 +147,6 @@ class Cohort:
             stack.append(number)
         if stack:
             yield stack
-
-    def _trained(self, parameters: Vector) -> Tensor:
-        pieces = torch.split(
-            torch.from_numpy(parameters.copy()), [p.numel() for p in self._parameters]
-        )
-        for p, piece in zip(self._parameters, pieces, strict=True):
-            if not p.requires_grad:
-                p.data.copy_(piece.view_as(p))
-        kept = [piece for p, piece in zip(self._parameters, pieces, strict=True) if p.requires_grad]
-        return torch.cat(kept).to(self._device)
 
     def _train_stack(self, flat: Tensor, turns: Sequence[Turn]) -> list[Vector]:
         plan, plans = self._plan, [self._plans[turn.site] for turn in turns]
@@ -192,7 +182,7 @@ class Cohort:
                 total.add_(stacked[:active] - flat, alpha=plan.proximal)
             optimizer.step(total, learning_rate=plan.learning_rate_at(step))
         updates = (stacked - flat).float().cpu().numpy()
-        return [self._whole(update) for update in updates]
+        return list(updates)
 
     def _sums(
         self,
@@ -302,18 +292,6 @@ class Cohort:
             return clipper(alone.only(whole), clip_norm=clip_norm).total.clone()
         finally:
             clipper.close()
-
-    def _whole(self, update: Vector) -> Vector:
-        """Zeros where a parameter is frozen."""
-        if all(p.requires_grad for p in self._parameters):
-            return update
-        whole, start, begin = np.zeros(sum(p.numel() for p in self._parameters), np.float32), 0, 0
-        for p in self._parameters:
-            if p.requires_grad:
-                whole[start : start + p.numel()] = update[begin : begin + p.numel()]
-                begin += p.numel()
-            start += p.numel()
-        return whole
 
 
 def _sampler(site: CohortSite) -> PoissonSampler:

@@ -27,6 +27,7 @@ from fedward.strategies.strategy import Vector
 from fedward.tasks import datasets
 from fedward.tasks.parameters import from_vector
 from fedward.tasks.registry import get_task
+from fedward.tasks.study_model import study_model
 from fedward.tasks.task import Examples, Task
 
 Show = Callable[[str, Mapping[str, Any]], None]
@@ -237,7 +238,7 @@ def _compare(
     private: RunDirectory,
 ) -> dict[str, Any]:
     task = hospitals.task
-    model = task.model(study.model.name, **study.model.args)
+    model = study_model(study, task)
     results = {}
     for column, vectors in models.items():
         sums = {}

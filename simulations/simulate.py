@@ -28,6 +28,7 @@ from fedward.simulations.scenarios import Scenario, make_scenario
 from fedward.simulations.sites import LocalSites, open_sites
 from fedward.tasks.parameters import from_vector
 from fedward.tasks.registry import get_task
+from fedward.tasks.study_model import study_model
 from fedward.tasks.task import Sums, add_sums
 from fedward.transport.payload import InMemory
 
@@ -185,7 +186,7 @@ def _with_exact_metrics(
 ) -> dict[str, Any]:
     result = run.read_json("metrics.json")
     task = get_task(study.study.task)
-    model = task.model(study.model.name, **study.model.args)
+    model = study_model(study, task)
     from_vector(model, released_parameters(run, study))
     tally, coarse = Tally(task), dict[str, Sums]()
     triggered: list[Sums] = []

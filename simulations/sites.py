@@ -33,6 +33,7 @@ from fedward.strategies.strategy import Vector
 from fedward.tasks import datasets
 from fedward.tasks.parameters import from_vector
 from fedward.tasks.registry import get_task
+from fedward.tasks.study_model import study_model
 from fedward.tasks.task import Examples, Table, Task
 
 
@@ -259,7 +260,7 @@ class Shared:
         """The study's task and a model, made once."""
         if study.hash not in self._models:
             task = get_task(study.study.task)
-            self._models[study.hash] = task, task.model(study.model.name, **study.model.args)
+            self._models[study.hash] = task, study_model(study, task)
         return self._models[study.hash]
 
     def trainer(self, study: Study) -> Trainer:
@@ -267,7 +268,7 @@ class Shared:
         trainers = self._trainers.by_study
         if study.hash not in trainers:
             task = get_task(study.study.task)
-            model = task.model(study.model.name, **study.model.args)
+            model = study_model(study, task)
             trainers[study.hash] = Trainer(model, study_loss(study, task))
         return trainers[study.hash]
 

@@ -1,6 +1,6 @@
 """A model's parameters as one flat vector, the form in which they travel, and back."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,22 +11,28 @@ if TYPE_CHECKING:
 
 
 def to_vector(model: "nn.Module") -> NDArray[np.float32]:
-    """All parameters in the model's own order, shape `(num_parameters,)`; a copy."""
-    pieces = [p.detach().cpu().numpy().reshape(-1) for p in model.parameters()]
+    """The trained parameters in the model's own order, shape `(num_parameters,)`; a copy.
+
+    Frozen ones (`requires_grad` is False) are not among them: every site has them already.
+    """
+    pieces = [p.detach().cpu().numpy().reshape(-1) for p in model.parameters() if p.requires_grad]
     if not pieces:
         return np.zeros(0, dtype=np.float32)
     return np.concatenate(pieces).astype(np.float32)
 
 
 def from_vector(model: "nn.Module", vector: NDArray[np.float32]) -> None:
-    """Set all parameters from a flat vector, in place.
+    """Set the trained parameters from a flat vector, in place.
 
     Raises:
-        ValueError: The vector's shape or type is not that of the model's parameters.
+        ValueError: The vector's shape or type is not that of the model's trained parameters.
     """
+    _set([p for p in model.parameters() if p.requires_grad], vector)
+
+
+def _set(parameters: "Sequence[nn.Parameter]", vector: NDArray[np.float32]) -> None:
     import torch
 
-    parameters = list(model.parameters())
     expected = sum(p.numel() for p in parameters)
     if vector.shape != (expected,) or vector.dtype != np.float32:
         raise ValueError(
@@ -41,7 +47,7 @@ def from_vector(model: "nn.Module", vector: NDArray[np.float32]) -> None:
 
 
 def to_named(model: "nn.Module") -> dict[str, NDArray[np.float32]]:
-    """Parameters by name, copies: what a release stores."""
+    """All parameters by name, frozen ones too, copies: what a release stores."""
     return {
         name: parameter.detach().cpu().numpy().astype(np.float32, copy=True)
         for name, parameter in model.named_parameters()
@@ -61,4 +67,4 @@ def from_named(model: "nn.Module", named: Mapping[str, NDArray[Any]]) -> None:
     if not all(np.isfinite(array).all() for array in named.values()):
         raise ValueError("a parameter is not finite")
     pieces = [named[name].reshape(-1) for name in expected]
-    from_vector(model, np.concatenate(pieces) if pieces else np.zeros(0, np.float32))
+    _set(list(model.parameters()), np.concatenate(pieces) if pieces else np.zeros(0, np.float32))

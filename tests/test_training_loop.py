@@ -298,9 +298,9 @@ def test_a_frozen_trunk_stays_out_of_update_and_clipping() -> None:
             model, cross_entropy, examples, plan=_with_mode(plan, mode), noise=SeededSource(2)
         ).update
 
-    frozen = 6 * 8 + 8
+    frozen, whole = 6 * 8 + 8, sum(p.numel() for p in perceptron().parameters())
     for update in updates.values():
-        assert not update[:frozen].any()
+        assert update.shape == (whole - frozen,)
         np.testing.assert_allclose(update, updates["hooks"], atol=1e-6)
 
     # Clipped as the head alone: the same as a linear model on the trunk's features.
@@ -315,7 +315,7 @@ def test_a_frozen_trunk_stays_out_of_update_and_clipping() -> None:
         plan=plan,
         noise=SeededSource(2),
     )
-    np.testing.assert_allclose(alone.update, updates["hooks"][frozen:], atol=1e-6)
+    np.testing.assert_allclose(alone.update, updates["hooks"], atol=1e-6)
 
 
 def test_training_leaves_a_model_of_its_own_memory_and_mode() -> None:

@@ -1,6 +1,5 @@
 """Local training: DP-SGD over patients, through Opacus or at almost no cost."""
 
-from fedward.client.training.adapters import add_adapters
 from fedward.client.training.loop import LocalResult, sampled_clipped_sum, train
 from fedward.client.training.modes import choose_mode
 from fedward.client.training.plan import Adaptive, NotPrivate, Private, TrainingPlan
@@ -14,7 +13,6 @@ __all__ = [
     "Private",
     "TrainingPlan",
     "TrainingState",
-    "add_adapters",
     "choose_mode",
     "sampled_clipped_sum",
     "train",

@@ -42,8 +42,7 @@ class Layout:
     def __init__(
         self, model: nn.Module, loss: Loss, plan: TrainingPlan, sampler: PoissonSampler
     ) -> None:
-        self._parameters = list(model.parameters())
-        trained = [p for p in self._parameters if p.requires_grad]
+        trained = [p for p in model.parameters() if p.requires_grad]
         if not trained:
             raise ValueError("the model has no parameter to train")
         self._model, self._trained = model, trained
@@ -71,9 +70,9 @@ class Layout:
             raise
         # Nothing below fails: from here on the parameters are views of one vector, until `close`.
         self._own = [p.data for p in trained]
-        self._sizes = [p.numel() for p in trained]
         self.flat = torch.cat([p.detach().reshape(-1) for p in trained])
-        for p, view in zip(trained, torch.split(self.flat, self._sizes), strict=True):
+        sizes = [p.numel() for p in trained]
+        for p, view in zip(trained, torch.split(self.flat, sizes), strict=True):
             p.data = view.view(p.shape)
 
     def train(self) -> None:
@@ -82,25 +81,8 @@ class Layout:
             self._model.train()
 
     def put(self, parameters: NDArray[np.float32]) -> None:
-        """Start from these parameters, all of the model's in its order."""
-        given = torch.from_numpy(parameters.copy())
-        if len(self._trained) == len(self._parameters):
-            self.flat.copy_(given)
-            return
-        pieces = torch.split(given, [p.numel() for p in self._parameters])
-        with torch.no_grad():
-            for p, piece in zip(self._parameters, pieces, strict=True):
-                p.copy_(piece.view_as(p))
-
-    def whole(self, moved: torch.Tensor) -> NDArray[np.float32]:
-        """A vector of the trained parameters' size as one of all; zero where frozen."""
-        if len(self._trained) == len(self._parameters):
-            return moved.float().cpu().numpy()
-        pieces = iter(torch.split(moved, self._sizes))
-        parts = [
-            next(pieces) if p.requires_grad else torch.zeros(p.numel()) for p in self._parameters
-        ]
-        return torch.cat([part.float().cpu() for part in parts]).numpy()
+        """Start from these parameters, all that are trained, in the model's order."""
+        self.flat.copy_(torch.from_numpy(parameters.copy()))
 
     def close(self) -> None:
         """Give the parameters their own memory again, holding what was trained."""

@@ -25,7 +25,7 @@ class LocalResult:
 
     Attributes:
         update: Trained minus given parameters, flat, in the order of `model.parameters()`;
-            zero for frozen ones.
+            frozen ones have no place in it.
         steps: Steps that were taken.
         event: What they cost a patient; None under `NotPrivate()`.
         sanitised: Records, counted once a step, whose gradient was not finite and was taken as

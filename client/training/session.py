@@ -185,8 +185,8 @@ class Session:
         self.flat.copy_(self._average)
 
     def update(self) -> NDArray[np.float32]:
-        """Trained minus given parameters; zero where frozen."""
-        return self._layout.whole(self.flat - self._start)
+        """Trained minus given parameters, of those that are trained."""
+        return (self.flat - self._start).float().cpu().numpy()
 
     def state(self) -> TrainingState:
         """What `restore` needs to go on after this step."""

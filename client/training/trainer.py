@@ -47,7 +47,7 @@ class Trainer:
         """Train from `parameters`; see `train` of `client.training.loop`.
 
         Args:
-            parameters: All of the model's, in its order.
+            parameters: All that are trained, in the model's order.
             sampler: The site's; of the same plan.
             plan: What to do.
             noise: Makes the site's one source; not called where nothing is drawn.

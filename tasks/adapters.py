@@ -57,9 +57,23 @@ class LowRank(nn.Module):
 
 
 def add_adapters(
-    model: nn.Module, names: Iterable[str], *, rank: int, scale: float = 8.0, seed: int = 0
+    model: nn.Module,
+    names: Iterable[str],
+    *,
+    rank: int,
+    scale: float = 8.0,
+    seed: int = 0,
+    freeze_rest: bool = True,
 ) -> None:
-    """Freeze `model`, and put a trained `LowRank` around the linear layers of these names.
+    """Put a trained `LowRank` around the linear layers of these names, and freeze the model.
+
+    Args:
+        model: Changed in place.
+        names: As in `model.named_modules()`.
+        rank: Of the corrections.
+        scale: The paper's alpha.
+        seed: Of their initial parameters.
+        freeze_rest: Freeze the layers without a correction, too.
 
     Raises:
         ValueError: A name is not that of a linear layer inside the model.
@@ -69,10 +83,22 @@ def add_adapters(
     for name in wanted:
         if not name or not isinstance(modules.get(name), nn.Linear):
             raise ValueError(f"{name!r} is not a linear layer inside the model")
-    model.requires_grad_(False)
+    if freeze_rest:
+        model.requires_grad_(False)
     for number, name in enumerate(wanted):
         layer = modules[name]
         if isinstance(layer, nn.Linear):
-            parent, _, own = name.rpartition(".")
             adapter = LowRank(layer, rank=rank, scale=scale, seed=seed + number)
-            setattr(modules[parent] if parent else model, own, adapter)
+            _replace(model, name, adapter)
+
+
+def merge_adapters(model: nn.Module) -> None:
+    """Put one linear layer, that does the same, in the place of each `LowRank`."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, LowRank):
+            _replace(model, name, module.merged())
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, own = name.rpartition(".")
+    setattr(model.get_submodule(parent), own, module)
