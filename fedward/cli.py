@@ -67,6 +67,9 @@ def demo(
     ] = None,
 ) -> None:
     """Train on four real hospitals with and without privacy, publish, and ask the adapter."""
+    from fedward.simulations.startup import defer_meta_kernels
+
+    defer_meta_kernels()
     from fedward.console import show_demo
     from fedward.simulations.demo import run_demo
 
@@ -111,6 +114,9 @@ def simulate(  # noqa: PLR0917 (options, which typer passes by name)
         folder = out or Path("runs") / f"{study.stem}-sweep"
         _sweep(study, sweep or [], folder, seeds=seeds, workers=workers, json_output=json_output)
         return
+    from fedward.simulations.startup import defer_meta_kernels
+
+    defer_meta_kernels()
     from fedward.console import follow, print_result
     from fedward.core.run import new_run_path
     from fedward.core.study import load_study

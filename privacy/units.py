@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import log_ndtr
 
 from fedward.privacy.accounting.events import DpEvent, Leaf, leaves
 from fedward.privacy.accounting.pricing import PLD_ABOVE_RDP, PrivacySpent, pld_of_zcdp
@@ -195,6 +194,7 @@ def _mixture_pld(weights: NDArray[np.float64], noise: float) -> Any:
     is greatest at the inverse, so an error there enters it squared.
     """
     from dp_accounting.pld import pld_pmf, privacy_loss_distribution
+    from scipy.special import log_ndtr
 
     means = np.arange(len(weights))
     logs = np.log(np.maximum(weights, 1e-300))

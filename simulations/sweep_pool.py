@@ -112,6 +112,9 @@ def _end_after(sentinel: int) -> None:
 
 def run_job(study_file: Path, job: Job) -> str | None:
     """One run of a sweep, begun or gone on with. Returns why it failed, or None."""
+    from fedward.simulations.startup import defer_meta_kernels
+
+    defer_meta_kernels()
     import torch
 
     from fedward.core.errors import FedwardError

@@ -68,7 +68,8 @@ def _sequential(sizes: list[int], *, seed: int | None) -> "nn.Sequential":
     for inputs, outputs in itertools.pairwise(sizes):
         if layers:
             layers.append(nn.ReLU())
-        layer = nn.Linear(inputs, outputs, device="meta").to_empty(device="cpu")
+        with torch.random.fork_rng(devices=[]):
+            layer = nn.Linear(inputs, outputs)
         with torch.no_grad():
             layer.bias.zero_()
             if generator is None:

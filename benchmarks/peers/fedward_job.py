@@ -7,9 +7,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-gc.set_threshold(50_000, 20, 50)  # as the command line does
+from fedward.simulations.startup import defer_meta_kernels
 
-import job  # noqa: E402 (after the line above, which is for imports)
+gc.set_threshold(50_000, 20, 50)  # as the command line does, and
+defer_meta_kernels()
+
+import job  # noqa: E402 (after the lines above, which are for imports)
 import torch  # noqa: E402
 
 STUDY = """\
