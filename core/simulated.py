@@ -126,7 +126,8 @@ class SimulationSection(Section):
     `threads` is how many sites train at a time where they train one by one in this process.
     `durable` gives each site a ledger file of its own, flushed like a real one. `crash` is the
     probability that a site crashes in the middle of a round; `coordinator_crash` the round in
-    which the coordinator does, to go on from its checkpoint.
+    which the coordinator does, to go on from its checkpoint. Every `evaluate_every` rounds the
+    global model is evaluated on everybody's held-out patients, for a learning curve.
     """
 
     sites: str | None = None
@@ -146,6 +147,7 @@ class SimulationSection(Section):
     malicious: Malicious | None = None
     crash: float = Field(default=0.0, ge=0, lt=1)
     coordinator_crash: int | None = Field(default=None, ge=1)
+    evaluate_every: int | None = Field(default=None, ge=1)
 
     @model_validator(mode="after")
     def _one_source(self) -> "SimulationSection":

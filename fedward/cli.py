@@ -120,6 +120,7 @@ def simulate(  # noqa: PLR0917 (options, which typer passes by name)
     from fedward.console import follow, print_result
     from fedward.core.run import new_run_path
     from fedward.core.study import load_study
+    from fedward.simulations.happenings import Happened, in_lines
     from fedward.simulations.report import write_report
     from fedward.simulations.simulate import prepare_run
     from fedward.simulations.simulate import simulate as run_study
@@ -137,7 +138,9 @@ def simulate(  # noqa: PLR0917 (options, which typer passes by name)
     if json_output:
         _emit(result)
     else:
-        print_result(result)
+        events = list(run.events())
+        engine = [f"engine: {e['engine']} ({e['why']})" for e in events if e["event"] == "engine"]
+        print_result(result, [*engine[-1:], *in_lines(Happened.of(events))])
 
 
 def _sweep(
@@ -183,12 +186,18 @@ def status(run: RunFolder, json_output: Json = False) -> None:
     from fedward.console import print_status
     from fedward.core.run import RunDirectory
     from fedward.core.study import load_study
+    from fedward.simulations.happenings import Happened, in_lines
 
     folder = RunDirectory.open(run)
     study = load_study(folder.path / "study.toml")
     events = list(folder.events())
     rounds = [event["round"] for event in events if event["event"] == "round"]
-    troubles = [e for e in events if e["event"] in {"refused", "failed", "aborted"}]
+    happened = Happened.of(events)
+    troubles = [
+        e
+        for e in events
+        if e["event"] in {"refused", "failed", "aborted"} and not happened.explains(e)
+    ]
     last = events[-1]["event"] if events else "prepared"
     state = last if last in {"finished", "aborted", "prepared"} else "running or killed"
     value = {
@@ -197,6 +206,7 @@ def status(run: RunFolder, json_output: Json = False) -> None:
         "state": state,
         "round": max(rounds, default=0),
         "rounds": study.study.rounds,
+        "happened": in_lines(happened),
         "troubles": troubles,
     }
     if json_output:

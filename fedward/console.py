@@ -4,10 +4,12 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.measure import Measurement
 from rich.padding import Padding
 from rich.panel import Panel
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -20,6 +22,9 @@ _OUT = Console(highlight=False)
 _ERR = Console(stderr=True, highlight=False)
 _LOOK_EVERY = 0.1
 _LOG_EVERY = 10.0
+_WIDEST = 400
+_TROUBLES_SHOWN = 10
+_SITES_SHOWN = 24
 
 Show = Callable[[str, Mapping[str, Any]], None]
 
@@ -98,7 +103,7 @@ def _lines(every: float) -> Callable[[int, int, float | None], None]:
         now = time.monotonic()
         if done > said[1] and left is not None and (now - said[0] > every or done == of):
             said[:] = now, float(done)
-            _ERR.print(f"{done} of {of} runs, {_left(left)}")
+            _ERR.print(f"{done} of {of} runs{'' if done == of else f', {_left(left)}'}")
 
     return show
 
@@ -111,23 +116,27 @@ def _left(seconds: float) -> str:
 
 def print_sweep(result: Mapping[str, Any]) -> None:
     """The table of a sweep: a row a setting, means over its seeds."""
-    table = Table(box=box.SIMPLE_HEAD)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     columns = {"pooled.auroc": "AUC", "pooled.accuracy": "accuracy", "worst.auroc": "worst AUC"}
     axes = [axis.rpartition(".")[2] for axis in result["axes"]]
-    for name in (*axes, "seeds", *columns.values(), "seconds", "ε spent"):
+    for name in (*axes, "seeds", *columns.values(), "time", "ε spent"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in result["summary"]:
         table.add_row(
             *(f"{row[axis]}" for axis in result["axes"]),
             str(row["seeds"]),
             *(f"{number(row.get(c))}±{number(row.get(f'{c} ±'))[1:]}" for c in columns),
-            number(row.get("seconds"), 1),
+            f"{number(row.get('seconds'), 1)} s",
             number(row["epsilon spent"], 2),
         )
-    _OUT.print(table)
+    # Whole, even if a terminal has to wrap it.
+    widest = Measurement.get(_OUT, _OUT.options.update(max_width=_WIDEST), table).maximum
+    Console(highlight=False, width=max(_OUT.width, widest)).print(table)
     for folder, problem in result["failed"].items():
-        _OUT.print(f"failed: {folder}: {problem}", style="yellow")
-    _OUT.print(f"{len(result['runs'])} runs, table and picture: {result['folder']}")
+        _OUT.print(f"failed: {folder}: {problem}", style="yellow", soft_wrap=True)
+    files = " ".join(sorted(file.name for file in Path(result["folder"]).glob("sweep.*[!k]")))
+    _OUT.print(f"{len(result['runs'])} runs in {result['folder']}: {files}", soft_wrap=True)
+    _OUT.print(f"not private: {result['reason']}", style="yellow", soft_wrap=True)
     if result["parquet"] is None:
         _OUT.print(
             r"every metric is in sweep.csv; for sweep.parquet: pip install 'fedward\[parquet]'",
@@ -135,8 +144,8 @@ def print_sweep(result: Mapping[str, Any]) -> None:
         )
 
 
-def print_result(result: Mapping[str, Any]) -> None:
-    """The end of a run: metrics by site, epsilon, and where the release is."""
+def print_result(result: Mapping[str, Any], happened: Sequence[str] = ()) -> None:
+    """The end of a run: metrics by site, epsilon, what happened, and where the release is."""
     metrics, privacy = result["metrics"], result["privacy"]
     private = privacy["mode"] != "none"
     table = Table(
@@ -150,7 +159,11 @@ def print_result(result: Mapping[str, Any]) -> None:
         *(["epsilon spent"] if private else []),
     ):
         table.add_column(name, justify="left" if name == "hospital" else "right")
-    for site, values in metrics["sites"].items():
+    some = list(metrics["sites"].items())
+    if len(some) > _SITES_SHOWN:
+        some = sorted(some, key=lambda item: item[1].get("auroc", 2.0))[:_SITES_SHOWN]
+        table.title = f"{table.title}, {len(some)} worst of {len(metrics['sites'])}"
+    for site, values in some:
         spent = privacy["sites"].get(site, {}).get("epsilon")
         table.add_row(
             site,
@@ -179,8 +192,15 @@ def print_result(result: Mapping[str, Any]) -> None:
             f"the rounds; a site sent {secure['bytes_per_site']:,} bytes "
             f"(plain updates: {secure['bytes_per_site_plain']:,})"
         )
-    _OUT.print(f"{result['rounds']} rounds in {result['seconds']:.1f} s   run: {result['run']}")
-    _OUT.print(f"release: {result['release']}", soft_wrap=True)
+    for line in happened:
+        _OUT.print(line, soft_wrap=True)
+    _OUT.print(f"{result['rounds']} rounds in {result['seconds']:.1f} s", soft_wrap=True)
+    for name, where in (
+        ("run", result["run"]),
+        ("report", f"{result['run']}/report.html"),
+        ("release", result["release"]),
+    ):
+        _OUT.print(f"{name:<8} {where}", soft_wrap=True)
 
 
 def privacy_line(privacy: Mapping[str, Any]) -> str:
@@ -215,9 +235,18 @@ def number(value: float | None, digits: int = 3) -> str:
 def print_status(value: Mapping[str, Any]) -> None:
     """How far a run is."""
     _OUT.print(f"{value['study']}: {value['state']}, round {value['round']} of {value['rounds']}")
-    for trouble in value["troubles"]:
+    for line in value["happened"]:
+        _OUT.print(f"  {line}", soft_wrap=True)
+    for trouble in value["troubles"][-_TROUBLES_SHOWN:]:
         where = trouble.get("site") or trouble.get("node") or "run"
-        _OUT.print(f"  {trouble['event']}: {where}: {trouble['reason']}", style="yellow")
+        when = f", round {trouble['round']}" if "round" in trouble else ""
+        _OUT.print(
+            f"  {trouble['event']}: {where}{when}: {trouble['reason']}",
+            style="yellow",
+            soft_wrap=True,
+        )
+    if len(value["troubles"]) > _TROUBLES_SHOWN:
+        _OUT.print(f"  all {len(value['troubles'])} are in events.jsonl", style="dim")
 
 
 def print_tasks(values: Sequence[Mapping[str, Any]]) -> None:

@@ -10,9 +10,12 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 INK, MUTED, GRID = "#1f2a37", "#6b7280", "#e5e7eb"
 COLOURS = ("#9ca3af", "#4b5563", "#0f766e", "#b45309", "#7c3aed")
+
+_DASHES = ("-", "--", ":", "-.")
 
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -34,7 +37,7 @@ def auc_by_hospital(results: Mapping[str, Mapping[str, Any]]) -> str:
         results: By method, metrics as in `metrics.json`.
     """
     sites = list(next(iter(results.values()))["sites"])
-    figure, axes = _figure(6.6, 0.62 * len(sites) + 1.1)
+    figure, axes = _figure(6.6, (0.62 if len(results) > 1 else 0.34) * len(sites) + 1.1)
     rows = np.arange(len(sites))[::-1]
     for number, (method, result) in enumerate(results.items()):
         values = [result["sites"][site].get("auroc", np.nan) for site in sites]
@@ -58,31 +61,85 @@ def auc_by_hospital(results: Mapping[str, Mapping[str, Any]]) -> str:
     return _svg(figure, "AUC by hospital and method")
 
 
+def spread_of_hospitals(sites: Mapping[str, Mapping[str, float]]) -> str:
+    """How many hospitals have which AUC and accuracy.
+
+    Args:
+        sites: By hospital, its metrics; a hospital with one class alone has no AUC.
+    """
+    figure, axes = _figure(6.6, 2.6)
+    found = {
+        label: [values[name] for values in sites.values() if name in values]
+        for name, label in (("auroc", "AUC"), ("accuracy", "accuracy"))
+    }
+    known = [value for values in found.values() for value in values]
+    edges = np.linspace(min(known, default=0.0), 1.0, 25)
+    for number, (label, values) in enumerate(found.items()):
+        if values:
+            axes.hist(
+                values,
+                edges.tolist(),
+                color=COLOURS[2 + number],
+                alpha=0.6,
+                label=f"{label}, {len(values)} hospitals",
+            )
+    axes.set_xlabel("on held-out patients")
+    axes.set_ylabel("hospitals")
+    _frame(axes, "y")
+    figure.legend(loc="outside upper center", ncols=2, frameon=False, fontsize=9)
+    return _svg(figure, "AUC and accuracy of the hospitals")
+
+
+def learning(curve: Sequence[Mapping[str, float]]) -> str:
+    """AUC and accuracy of the global model by round."""
+    figure, axes = _figure(6.6, 2.6)
+    for number, (name, label) in enumerate((("auroc", "AUC"), ("accuracy", "accuracy"))):
+        points = [(point["round"], point[name]) for point in curve if name in point]
+        if points:
+            axes.plot(*zip(*points, strict=True), color=COLOURS[2 + number], label=label)
+    axes.set_xlabel("rounds")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_ylabel("all held-out patients")
+    _frame(axes, "y")
+    figure.legend(loc="outside upper center", ncols=2, frameon=False, fontsize=9)
+    return _svg(figure, "AUC and accuracy by round")
+
+
 def sweep(summary: Sequence[Mapping[str, Any]], *, axes: Sequence[str]) -> str:
-    """AUC over the first axis, a line for each setting of the others, spread over seeds."""
-    figure, axis = _figure(6.6, 3.4)
+    """AUC, or else accuracy, over the first axis, a line for each setting of the others."""
+    figure, axis = _figure(6.6, 3.6)
     options = list(dict.fromkeys(row[axes[0]] for row in summary))
+    measured = "AUC" if any("pooled.auroc" in row for row in summary) else "accuracy"
+    name = "pooled.auroc" if measured == "AUC" else "pooled.accuracy"
     lines: dict[str, list[Mapping[str, Any]]] = {}
     for row in summary:
-        lines.setdefault(", ".join(f"{row[name]}" for name in axes[1:]), []).append(row)
+        lines.setdefault(", ".join(f"{row[axis]}" for axis in axes[1:]), []).append(row)
     for number, (label, rows) in enumerate(lines.items()):
-        known = [row for row in rows if "pooled.auroc" in row]
+        known = [row for row in rows if name in row]
+        # Side by side, so that lines that agree are all seen.
+        aside = 0.06 * (number - (len(lines) - 1) / 2)
         axis.errorbar(
-            [options.index(row[axes[0]]) for row in known],
-            [row["pooled.auroc"] for row in known],
-            [row["pooled.auroc ±"] for row in known],
+            [options.index(row[axes[0]]) + aside for row in known],
+            [row[name] for row in known],
+            [row[f"{name} ±"] for row in known],
             color=COLOURS[(number + 2) % len(COLOURS)],
+            linestyle=_DASHES[number // len(COLOURS) % len(_DASHES)],
+            linewidth=1.3,
             marker="o",
+            markersize=5,
             capsize=3,
             label=label or None,
         )
+    seeds = max((row["seeds"] for row in summary), default=1)
+    spread = f"mean and standard deviation of {seeds} seeds; " if seeds > 1 else ""
     axis.set_xticks(range(len(options)), [str(option) for option in options])
-    axis.set_xlabel(axes[0])
-    axis.set_ylabel("AUC, all held-out patients")
+    axis.set_xlabel(f"{axes[0]}\n{spread}simulated, not private", linespacing=1.6)
+    axis.set_ylabel(f"{measured}, all held-out patients")
     _frame(axis, "y")
     if len(lines) > 1:
-        figure.legend(loc="upper center", ncols=len(lines), frameon=False, fontsize=9)
-    return _svg(figure, f"AUC by {axes[0]}")
+        columns = min(4, len(lines))
+        figure.legend(loc="outside upper center", ncols=columns, frameon=False, fontsize=9)
+    return _svg(figure, f"{measured} by {axes[0]}")
 
 
 def calibration(histogram: Sequence[Sequence[float]], *, bins: int = 8) -> str:
@@ -128,6 +185,7 @@ def budget(rounds: Sequence[int], epsilon: Mapping[str, Sequence[float]], asked:
         axes.plot(rounds, values, color=COLOURS[2], linewidth=1.8, alpha=0.8)
     axes.set_ylim(0, asked * 1.12)
     axes.set_xlabel("round")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel("epsilon spent")
     _frame(axes, "y")
     return _svg(figure, "epsilon by round")

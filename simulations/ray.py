@@ -18,6 +18,7 @@ from fedward.core.run import RunDirectory
 from fedward.core.site import load_site
 from fedward.core.study import Study, load_study
 from fedward.server.channel import FlowerChannel
+from fedward.simulations.curve import Curve, with_curve
 from fedward.simulations.faults import RetryingChannel, run_until_done
 from fedward.simulations.provision import Provisioned
 from fedward.simulations.scenarios import Scenario, make_scenario
@@ -33,6 +34,7 @@ def run_on_ray(
     run: RunDirectory,
     study: Study,
     scenario: Scenario,
+    curve: Curve,
 ) -> None:
     """Run both apps under Ray, on this machine or on the cluster that the study names.
 
@@ -63,7 +65,7 @@ def run_on_ray(
     def main(grid: Grid, context: Context) -> None:
         context.run_config.update(config)
         flower = RetryingChannel(FlowerChannel(grid), retries=resources.retries, log=run.event)
-        run_until_done(flower, scenario, context, run)
+        run_until_done(with_curve(flower, study, curve), scenario, context, run)
 
     try:
         with warnings.catch_warnings():

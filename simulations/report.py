@@ -11,10 +11,10 @@ from fedward.core.run import RunDirectory
 from fedward.core.study import load_study
 from fedward.privacy.accounting import dp_sgd_event, privacy_spent
 from fedward.simulations import pictures
+from fedward.simulations.happenings import Happened, in_html
 
-_HAPPENINGS = ("dropped", "late", "crashed", "attacked")
-_ROUNDS_SHOWN, _TROUBLES_SHOWN = 8, 200
-_MANY_SITES = 60
+_TROUBLES_SHOWN = 200
+_MANY_SITES = 24
 
 _PAGE = """\
 <!doctype html>
@@ -90,12 +90,11 @@ def _page(run: RunDirectory, *, comparison: Mapping[str, Any] | None) -> str:
     if not privacy["private"]:
         body.append(f'<p class="note"><b>Not private.</b> {_e(privacy["reason"])}.</p>')
     results = comparison["results"] if comparison else {study.study.name: metrics["metrics"]}
-    quality = _panel("Quality at each hospital", pictures.auc_by_hospital(results))
-    body.append(f'<div style="margin-top:.8rem">{quality}</div>')
+    body.append(f'<div style="margin-top:.8rem">{_quality(results)}</div>')
     if comparison is not None:
         body.append(_comparison(comparison))
     else:
-        body.append(_sites(metrics))
+        body += [_sites(metrics), _simulated(run, metrics)]
     body.append(_pair(run, privacy))
     if privacy["mode"] != "none":
         body.append(_statement(privacy))
@@ -154,10 +153,38 @@ def _sites(metrics: Mapping[str, Any]) -> str:
         f"<td>{_f(values.get('auroc'))}</td><td>{_f(values.get('accuracy'))}</td></tr>"
         for site, values in metrics["metrics"]["sites"].items()
     )
-    return (
-        '<div class="panel"><table><tr><th>hospital</th><th>held-out patients</th><th>AUC</th>'
-        f"<th>accuracy</th></tr>{rows}</table></div>"
+    table = (
+        "<table><tr><th>hospital</th><th>held-out patients</th><th>AUC</th>"
+        f"<th>accuracy</th></tr>{rows}</table>"
     )
+    shown = _folded(table, len(metrics["metrics"]["sites"]))
+    return f'<div class="panel" style="margin-top:.8rem">{shown}</div>'
+
+
+def _folded(table: str, hospitals: int) -> str:
+    """A table with a row a hospital; closed where they are many."""
+    if hospitals <= _MANY_SITES:
+        return table
+    return f"<details><summary>{hospitals} hospitals</summary>{table}</details>"
+
+
+def _quality(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """A dot a hospital or, where they are many, how many have which figure."""
+    first = next(iter(results.values()))["sites"]
+    if len(first) > _MANY_SITES:
+        return _panel("Quality of the hospitals", pictures.spread_of_hospitals(first))
+    return _panel("Quality at each hospital", pictures.auc_by_hospital(results))
+
+
+def _simulated(run: RunDirectory, metrics: Mapping[str, Any]) -> str:
+    """What only a simulation has: its learning curve, and who has which patients."""
+    parts = []
+    if len(metrics.get("curve", ())) > 1:
+        parts.append(_panel("Learning", pictures.learning(metrics["curve"])))
+    card = run.path / "partition.svg"
+    if card.is_file():
+        parts.append(_panel("Patients of each hospital", card.read_text(encoding="utf-8")))
+    return "".join(f'<div style="margin-top:.8rem">{part}</div>' for part in parts)
 
 
 def _pair(run: RunDirectory, privacy: Mapping[str, Any]) -> str:
@@ -184,28 +211,36 @@ def _pair(run: RunDirectory, privacy: Mapping[str, Any]) -> str:
 def _epsilon_curves(
     run: RunDirectory, privacy: Mapping[str, Any]
 ) -> tuple[list[int], dict[str, list[float]]]:
-    done = max((e["round"] for e in run.events() if e["event"] == "round"), default=0)
+    events = list(run.events())
+    done = max((e["round"] for e in events if e["event"] == "round"), default=0)
     if not done:
         return [], {}
     marks = sorted({max(1, round(done * share / 8)) for share in range(1, 9)} | {1})
+    away = Happened.of(events).away
     curves = {}
     for site, statement in privacy["sites"].items():
         per_round = statement["steps"] // done
+        # Whoever was away paid nothing; late or crashed sites had paid already.
         curves[site] = [
-            privacy_spent(
-                dp_sgd_event(
-                    noise_multiplier=statement["noise_multiplier"],
-                    sample_rate=statement["sample_rate"],
-                    steps=per_round * mark,
-                ),
-                delta=privacy["delta"],
-                unit=privacy["unit"],
-            ).epsilon
-            for mark in marks
+            min(statement["epsilon"], _spent(privacy, statement, steps=per_round * paid))
+            for paid in (
+                mark - sum(number <= mark for number in away.get(site, ())) for mark in marks
+            )
         ]
         # The ledger's figure: it counts what was released after the last round, too.
         curves[site].append(statement["epsilon"])
     return [*marks, done], curves
+
+
+def _spent(privacy: Mapping[str, Any], statement: Mapping[str, Any], *, steps: int) -> float:
+    if steps < 1:
+        return 0.0
+    event = dp_sgd_event(
+        noise_multiplier=statement["noise_multiplier"],
+        sample_rate=statement["sample_rate"],
+        steps=steps,
+    )
+    return privacy_spent(event, delta=privacy["delta"], unit=privacy["unit"]).epsilon
 
 
 def _statement(privacy: Mapping[str, Any]) -> str:
@@ -213,6 +248,10 @@ def _statement(privacy: Mapping[str, Any]) -> str:
         f"<tr><td>{_e(site)}</td><td>{_f(s['epsilon'], 3)}</td><td>{_f(s['epsilon_rdp'], 3)}</td>"
         f"<td>{s['noise_multiplier']:.3f}</td><td>{s['sample_rate']:.3g}</td><td>{s['steps']}</td></tr>"
         for site, s in privacy["sites"].items()
+    )
+    head = (
+        "<table><tr><th>hospital</th><th>epsilon (PLD)</th><th>epsilon (RDP)</th>"
+        "<th>noise multiplier</th><th>sample rate</th><th>steps asked for</th></tr>"
     )
     histograms = [s["monitor"] for s in privacy["sites"].values() if "monitor" in s]
     included = (
@@ -234,9 +273,9 @@ def _statement(privacy: Mapping[str, Any]) -> str:
         "hospitals report."
     )
     return (
-        '<h2>Privacy statement</h2><div class="panel"><table><tr><th>hospital</th>'
-        "<th>epsilon (PLD)</th><th>epsilon (RDP)</th><th>noise multiplier</th>"
-        f"<th>sample rate</th><th>steps</th></tr>{rows}</table></div>"
+        '<h2>Privacy statement</h2><div class="panel">'
+        + _folded(f"{head}{rows}</table>", len(privacy["sites"]))
+        + "</div>"
         f'<p class="small">delta {privacy["delta"]:g}, per {_e(privacy["unit"])}, '
         f"{_e(privacy['neighboring_relation'])}, clip norm {privacy['clip_norm']:g}{moves}. Both "
         f"figures are upper bounds; the one by PLD is claimed. {included}Holds against "
@@ -313,67 +352,17 @@ def _adversaries(privacy: Mapping[str, Any]) -> str:
 
 
 def _events(run: RunDirectory) -> str:
-    happened = list(run.events())
-    return _to_whom(happened) + _troubles(happened)
+    events = list(run.events())
+    happened = Happened.of(events)
+    return in_html(happened) + _troubles(events, happened)
 
 
-def _to_whom(events: Sequence[Mapping[str, Any]]) -> str:
-    """A row a site to which something happened: in how many rounds, and in which."""
-    malicious = {
-        site: str(event["attack"])
-        for event in events
-        if event["event"] == "malicious"
-        for site in event["sites"]
-    }
-    rounds: dict[str, dict[str, list[int]]] = {site: {} for site in malicious}
-    for event in events:
-        if event["event"] in _HAPPENINGS:
-            site = rounds.setdefault(str(event["site"]), {})
-            site.setdefault(event["event"], []).append(event["round"])
-    crashes = [e for e in events if e["event"] == "coordinator crashed"]
-    waited = sum(e["virtual_seconds"] for e in events if e["event"] == "waited")
-    if not rounds and not crashes and not waited:
-        return ""
-    head = "".join(f"<th>{_e(name)}</th>" for name in ("site", *_HAPPENINGS, "role"))
-    rows = "".join(
-        f"<tr><td>{_e(site)}</td>"
-        + "".join(f"<td>{_e(_which(found.get(name, [])))}</td>" for name in _HAPPENINGS)
-        + f"<td>{_e(malicious.get(site, 'honest'))}</td></tr>"
-        for site, found in sorted(rounds.items())
-    )
-    notes = [f"The coordinator: {event['reason']}." for event in crashes]
-    notes += [
-        f"Round {event['round']} was void: {event['reason']}."
-        for event in events
-        if event["event"] == "void"
-    ]
-    if waited:
-        notes.append(f"Rounds took {waited:.0f} virtual seconds in all, of which nobody waited.")
-    return (
-        f'<h2>What happened to whom, in which rounds</h2><div class="panel"><table><tr>{head}</tr>'
-        f'{rows}</table></div><p class="small">{_e(chr(10).join(notes))}</p>'
-    )
-
-
-def _which(rounds: Sequence[int]) -> str:
-    """Round numbers, shortened: "3: 2, 5, 9"."""
-    if not rounds:
-        return "–"
-    shown = ", ".join(str(number) for number in rounds[:_ROUNDS_SHOWN])
-    return f"{len(rounds)}: {shown}{', …' if len(rounds) > _ROUNDS_SHOWN else ''}"
-
-
-def _troubles(events: Sequence[Mapping[str, Any]]) -> str:
+def _troubles(events: Sequence[Mapping[str, Any]], happened: Happened) -> str:
     told = {
         "refused", "failed", "suspect", "void group", "not evaluated", "release not accepted",
         "aborted", "retried",
     }  # fmt: skip
-    scenario = {(e["site"], e["round"]) for e in events if e["event"] in _HAPPENINGS}
-    troubles = [
-        event
-        for event in events
-        if event["event"] in told and (event.get("site"), event.get("round")) not in scenario
-    ]
+    troubles = [e for e in events if e["event"] in told and not happened.explains(e)]
     if not troubles:
         return ""
     items = "".join(

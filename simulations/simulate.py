@@ -17,10 +17,11 @@ from fedward.core.run import RunDirectory, manifest
 from fedward.core.study import Study, load_study
 from fedward.core.toml import in_file
 from fedward.server.channel import FlowerChannel
-from fedward.server.checkpoint import load_checkpoint
+from fedward.server.checkpoint import Checkpoint, load_checkpoint
 from fedward.server.outcome import Tally
 from fedward.simulations.attacks import attack_success
 from fedward.simulations.channel import CohortChannel, MemoryChannel
+from fedward.simulations.curve import Curve, with_curve
 from fedward.simulations.faults import run_until_done
 from fedward.simulations.grid import InProcessGrid
 from fedward.simulations.provision import data_fingerprints, provision
@@ -94,10 +95,10 @@ def _simulate(
 ) -> dict[str, Any]:
     study = load_study(run.path / "study.toml")
     chosen = runtime or study.simulation.runtime
-    if chosen == "loopback" and study.simulation.happens:
+    if chosen == "loopback" and (study.simulation.happens or study.simulation.evaluate_every):
         raise ConfigError(
-            '= "loopback" starts real sites, to which nothing of a scenario happens; use '
-            '"in-process" or "ray", or remove what is to happen',
+            '= "loopback" starts a real coordinator and real sites, to which nothing of a scenario '
+            'happens, and evaluate_every does not look; use "in-process" or "ray", or remove it',
             file="study",
             key="[simulation] runtime",
         )
@@ -119,23 +120,30 @@ def _simulate(
         if scenario.has_trigger:
             _, held_out = next(iter(local.values())).examples(get_task(study.study.task), study)
             scenario.trigger(held_out)  # or raises, before anything begins
+        curve = Curve(run, study, local.values())
         if _result_of(run):
             pass  # the coordinator ended, and was stopped before what follows
         elif chosen == "in-process":
-            run_in_process(run, study, local, scenario, config)
+            run_in_process(run, study, local, scenario, config=config, curve=curve)
         elif chosen == "ray":
             from fedward.simulations.ray import run_on_ray
 
-            run_on_ray(sites, config, run=run, study=study, scenario=scenario)
+            run_on_ray(sites, config, run=run, study=study, scenario=scenario, curve=curve)
         else:
             from fedward.simulations.loopback import run_on_loopback
 
             run_on_loopback(sites, config, run=run)
-        return _with_exact_metrics(run, study, local, scenario)
+        return _with_exact_metrics(run, study, local, scenario, curve)
 
 
 def run_in_process(
-    run: RunDirectory, study: Study, sites: LocalSites, scenario: Scenario, config: Config
+    run: RunDirectory,
+    study: Study,
+    sites: LocalSites,
+    scenario: Scenario,
+    *,
+    config: Config,
+    curve: Curve,
 ) -> None:
     """Run both apps in this process."""
     files = {str(file): file for file in sites}
@@ -153,7 +161,7 @@ def run_in_process(
     kept = MemoryChannel(cohort, nodes, keep=sites.keep)
     context = Context(grid.run.run_id, SUPERLINK_NODE_ID, {}, RecordDict(), dict(config))
     with closing(grid), _looking_at_what_is_new():
-        run_until_done(kept, scenario, context, run)
+        run_until_done(with_curve(kept, study, curve), scenario, context, run)
     sites.keep()
 
 
@@ -175,14 +183,19 @@ def _looking_at_what_is_new() -> Iterator[None]:
 
 def released_parameters(run: RunDirectory, study: Study) -> Any:
     """The model that a finished run published, as a flat float32 vector."""
-    checkpoint = load_checkpoint(run.path / "checkpoints", study_hash=study.hash)
-    if checkpoint is None:
-        raise RunError(f"{run.path} has no checkpoint")
+    checkpoint = _checkpoint(run, study)
     return checkpoint.average.released(checkpoint.state.parameters)
 
 
+def _checkpoint(run: RunDirectory, study: Study) -> Checkpoint:
+    checkpoint = load_checkpoint(run.path / "checkpoints", study_hash=study.hash)
+    if checkpoint is None:
+        raise RunError(f"{run.path} has no checkpoint")
+    return checkpoint
+
+
 def _with_exact_metrics(
-    run: RunDirectory, study: Study, sites: LocalSites, scenario: Scenario
+    run: RunDirectory, study: Study, sites: LocalSites, scenario: Scenario, curve: Curve
 ) -> dict[str, Any]:
     result = run.read_json("metrics.json")
     task = get_task(study.study.task)
@@ -208,6 +221,9 @@ def _with_exact_metrics(
             for site, part in coarse.items()
         },
     )
+    if study.simulation.evaluate_every is not None:
+        last = _checkpoint(run, study).state.parameters
+        result["curve"] = curve.points(last, rounds=study.study.rounds)
     result["reported"] = result["metrics"]
     result["metrics"] = tally.metrics()
     if triggered and tally.total is not None:

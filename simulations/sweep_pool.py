@@ -140,7 +140,7 @@ class _Clock:
         self._before, self._of = before, of
         # What an earlier try did says nothing of the rate.
         self._at_first = {job: share_done(job.folder) for job in jobs}
-        self._begun = time.monotonic()
+        self._first: tuple[float, float] | None = None
 
     def look(self, waiting: set[Job]) -> tuple[int, int, float | None]:
         """Runs done, of how many, and seconds left; None before anything was done.
@@ -151,8 +151,14 @@ class _Clock:
         shares = {job: share_done(job.folder) if job in waiting else 1.0 for job in self._at_first}
         to_do = sum(1 - share for share in shares.values())
         done = sum(share - self._at_first[job] for job, share in shares.items())
-        left = (time.monotonic() - self._begun) * to_do / done if done > 0 else None
-        return self._before + len(shares) - len(waiting), self._of, left
+        ended, now = self._before + len(shares) - len(waiting), time.monotonic()
+        if self._first is None:
+            # Starting processes, which is done once, is no part of the rate.
+            self._first = (now, done) if done > 0 else None
+            return ended, self._of, None if waiting else 0.0
+        then, so_far = self._first
+        left = (now - then) * to_do / (done - so_far) if done > so_far else None
+        return ended, self._of, left if waiting else 0.0
 
 
 def share_done(folder: Path) -> float:

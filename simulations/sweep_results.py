@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 
+NOT_PRIVATE = "simulated runs: sampling and noise came from seeds, so they protect nobody"
+
 
 def collect(points: Sequence["Point"], out: Path) -> list[Row]:
     """Every metric of every run that ended, flat: settings first, then "pooled.auroc" and so on."""
@@ -27,6 +29,7 @@ def collect(points: Sequence["Point"], out: Path) -> list[Row]:
         result = json.loads(file.read_text(encoding="utf-8"))
         row: Row = dict(point.settings)
         row |= {"run": point.folder, "seconds": result["seconds"]}
+        row["private"] = bool(result["privacy"]["private"])
         row |= _flat(result["metrics"])
         spent = [site.get("epsilon") for site in result["privacy"]["sites"].values()]
         row["privacy.epsilon_spent"] = max((e for e in spent if e is not None), default=None)
@@ -44,6 +47,8 @@ def write_results(
         "summary": summary,
         "failed": dict(failed),
         "axes": list(axes),
+        "private": False,
+        "reason": NOT_PRIVATE,
     }
     write_atomic(out / "sweep.json", json.dumps(value, indent=1) + "\n")
     names = list(dict.fromkeys(name for row in rows for name in row))
@@ -66,6 +71,7 @@ def _write_parquet(rows: Sequence[Row], names: Sequence[str], file: Path) -> str
     except ImportError:
         return None
     table = pyarrow.table({name: [row.get(name) for row in rows] for name in names})
+    table = table.replace_schema_metadata({"private": "false", "reason": NOT_PRIVATE})
     parquet.write_table(table, file)
     return str(file)
 

@@ -96,7 +96,12 @@ def test_a_sweep_runs_ends_in_a_table_and_is_not_run_again(tmp_path: Path) -> No
     table = parquet.read_table(tmp_path / "out" / "sweep.parquet")
     assert table.column("pooled.auroc").to_pylist() == [r["pooled.auroc"] for r in second["runs"]]
     assert set(table.column_names) == {name for row in second["runs"] for name in row}
-    assert (tmp_path / "out" / "sweep.svg").read_text().startswith("<svg")
+    assert table.schema.metadata[b"private"] == b"false"
+    assert table.column("private").to_pylist() == [False] * 4
+    assert (first["private"], "seeds" in first["reason"]) == (False, True)
+    picture = (tmp_path / "out" / "sweep.svg").read_text()
+    assert picture.startswith("<svg")
+    assert "not private" in picture
     assert not list(tmp_path.glob(".*.toml"))
 
 
@@ -188,13 +193,27 @@ def test_without_pyarrow_the_table_is_there_and_what_to_install_is_said(
     monkeypatch.setitem(sys.modules, "pyarrow", None)  # importing it fails
     rows = [{"run": "a", "seconds": 1.0, "pooled.auroc": 0.8, "privacy.epsilon_spent": None}]
 
-    result = write_results(rows, tmp_path, axes=[], failed={})
+    result = write_results(rows, tmp_path, axes=[], failed={"b": "x"})
     print_sweep(result)
 
     assert result["parquet"] is None
     assert not (tmp_path / "sweep.parquet").exists()
     assert (tmp_path / "sweep.csv").read_text().splitlines()[1].startswith("a,1.0,0.8")
-    assert "fedward[parquet]" in "".join(capsys.readouterr().out.split())
+    said = capsys.readouterr().out
+    assert "fedward[parquet]" in "".join(said.split())
+    assert "failed: b: x" in said
+    assert "not private" in said
+
+
+def test_a_wide_table_is_not_cut(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    long = {f"simulation.args.a_name_of_{n}": "a-value-that-is-long" for n in range(6)}
+    row = {**long, "run": "a", "seconds": 1.0, "pooled.auroc": 0.8, "privacy.epsilon_spent": 4.0}
+
+    print_sweep(write_results([row], tmp_path, axes=list(long), failed={}))
+
+    said = capsys.readouterr().out
+    assert said.count("a-value-that-is-long") == 6
+    assert "…" not in said
 
 
 def test_the_command_line_sweeps(tmp_path: Path) -> None:
