@@ -12,6 +12,7 @@ from fedward.simulations.provision import site_names
 from fedward.simulations.scenarios import make_scenario
 from fedward.tasks import datasets
 from fedward.tasks.registry import get_task
+from fedward.tasks.study_model import study_model
 
 
 class Checks:
@@ -37,7 +38,7 @@ class Checks:
         """
         try:
             task = get_task(study.study.task)
-            task.model(study.model.name, **study.model.args)
+            study_model(study, task)
             names = self._sites_of(study)
             refuse_impossible(study, dict.fromkeys(names) if study.aggregation.secure else None)
             scenario = make_scenario(study, sorted(names))

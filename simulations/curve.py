@@ -17,6 +17,7 @@ from fedward.simulations.channel import TRAIN
 from fedward.strategies.strategy import Vector
 from fedward.tasks.parameters import from_vector
 from fedward.tasks.registry import get_task
+from fedward.tasks.study_model import study_model
 from fedward.tasks.task import Examples
 from fedward.transport.payload import Payload
 
@@ -35,7 +36,7 @@ class Curve:
     def __init__(self, run: RunDirectory, study: Study, sites: Iterable[LocalSite]) -> None:
         self._run, self._study, self._sites = run, study, sites
         self._task = get_task(study.study.task)
-        self._model = self._task.model(study.model.name, **study.model.args)
+        self._model = study_model(study, self._task)
         self._pooled: Examples | None = None
 
     def add(self, parameters: Vector, *, round_number: int) -> None:
