@@ -136,6 +136,7 @@ def _own_sum(site: LocalSite, begun: Round) -> Vector:
     """The site's sum of clipped gradients, to which nothing is added yet."""
     study = begun.admitted.study
     task, model = site.model(study, begun.parameters)
+    model.to(site.device)
     training, _ = site.examples(task, study)
     plan = training_plan(study, begun.admitted.plan, round_number=begun.number)
     noise = site.source(study, "train", begun.number)

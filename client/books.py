@@ -42,6 +42,7 @@ def check_site(file: Path) -> dict[str, Any]:
         "tasks": read,
         "public_size": site.site.data.public_size,
         "max_epsilon": site.site.policy.max_epsilon,
+        "device": str(site.device),
         "key": site.identity.public.fingerprint,
     }
 

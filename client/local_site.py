@@ -17,6 +17,7 @@ from torch import nn
 
 from fedward.client.budget import Budget
 from fedward.client.clipping import ClipNorms
+from fedward.client.devices import choose_device
 from fedward.client.objective import study_loss
 from fedward.client.outbox import Keeper, Outbox
 from fedward.client.plan import SitePlan, training_plan
@@ -60,7 +61,7 @@ class LocalSite:
         file: The site file.
 
     Raises:
-        ConfigError: The site file is wrong.
+        ConfigError: The site file is wrong, or asks for a device that is not here.
     """
 
     def __init__(self, file: Path, *, site: Site | None = None) -> None:
@@ -71,6 +72,9 @@ class LocalSite:
         self._examples: dict[str, tuple[Examples, Examples]] = {}
         self.sessions: dict[str, tuple[str, SiteSession]] = {}
         self._sizes: dict[str, int] = {}
+        self.device = choose_device(
+            self.site.site.device, file=str(file), simulated=self.site.site.simulated
+        )
         self._open_state()
 
     def _open_state(self) -> None:
@@ -223,6 +227,7 @@ class LocalSite:
         """
         study = admitted.study
         task, model = self.model(study, parameters)
+        model.to(self.device)
         training, _ = self.examples(task, study)
         plan = self.round_plan(admitted, round_number)
         noise = self.source(study, "train", round_number)

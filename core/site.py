@@ -18,12 +18,16 @@ class SiteSection(Section):
     A `simulated` site draws sampling and noise from the study's seed, so that runs repeat; all
     that it sends is stamped as not private. Only the site's own file can say so. `ledgers` is
     the file in which many simulated sites' ledgers lie together.
+
+    `device` is where it trains: "cuda", "cuda:1" and so on, "cpu", or "auto", which is the GPU
+    where there is one (and the processor where the site is simulated, so that runs repeat).
     """
 
     name: Name
     state: str = "state"
     simulated: bool = False
     ledgers: str | None = None
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:[0-9]{1,3})?)$")
 
 
 class Column(Section):

@@ -278,7 +278,10 @@ def print_site(value: Mapping[str, Any]) -> None:
     _OUT.print(f"[bold]{value['site']}[/bold] is ready; key {value['key'][:16]}")
     for task, counts in value["tasks"].items():
         _OUT.print(f"  {task}: {counts['patients']} patients in {counts['rows']} rows")
-    _OUT.print(f"  public size {value['public_size']}, budget epsilon {value['max_epsilon']:g}")
+    _OUT.print(
+        f"  public size {value['public_size']}, budget epsilon {value['max_epsilon']:g}, "
+        f"trains on {value['device']}"
+    )
 
 
 def show_demo() -> Show:

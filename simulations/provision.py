@@ -242,6 +242,8 @@ def _site_values(
     site: dict[str, Any] = {"name": name, "state": f"../state/{name}", "simulated": True}
     if not durable:
         site["ledgers"] = f"../{LEDGERS}"
+    if study.simulation.device != "cpu":
+        site["device"] = study.simulation.device
     epsilon = study.privacy.epsilon or 0.0
     data: dict[str, Any] = {"source": "embedded", "dataset": dataset, "partition": name}
     if path is not None:

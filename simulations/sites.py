@@ -7,6 +7,7 @@ from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import nn
 
@@ -120,7 +121,7 @@ class MemorySite(SimulatedSite):
     ) -> Vector:
         """As a site's; one model, laid out once, serves all sites, each in its turn."""
         study = admitted.study
-        trainer = self._shared.trainer(study)
+        trainer = self._shared.trainer(study, self.device)
         if study.hash not in self._rounds:
             training, _ = self.examples(get_task(study.study.task), study)
             plan = training_plan(study, admitted.plan, round_number=1)
@@ -263,12 +264,18 @@ class Shared:
             self._models[study.hash] = task, study_model(study, task)
         return self._models[study.hash]
 
-    def trainer(self, study: Study) -> Trainer:
-        """This thread's trainer of the study, on a model that nobody else uses."""
+    def trainer(self, study: Study, device: torch.device) -> Trainer:
+        """This thread's trainer of the study, on a model that nobody else uses.
+
+        Args:
+            study: What is trained.
+            device: Where; the sites of a run have the same.
+        """
         trainers = self._trainers.by_study
         if study.hash not in trainers:
             task = get_task(study.study.task)
             model = study_model(study, task)
+            model.to(device)
             trainers[study.hash] = Trainer(model, study_loss(study, task))
         return trainers[study.hash]
 
