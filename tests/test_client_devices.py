@@ -28,6 +28,8 @@ from fedward.client.training import (
     train,
     weighted,
 )
+from fedward.client.training.optimizers import FlatOptimizer
+from fedward.client.training.plan import Optimizer
 from fedward.client.training.session import session
 from fedward.core.errors import ConfigError
 from fedward.core.study import load_study
@@ -146,6 +148,40 @@ def test_examples_go_where_the_model_is() -> None:
 
         assert batch.features.device.type == batch.labels.device.type == "meta"
         assert work.flat.device.type == "meta"
+
+
+@pytest.mark.parametrize("records", [1, 2])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_are_clipped_and_added_up_where_the_model_is(family: str, records: int) -> None:
+    """On a device of shapes alone: code that is for the processor's memory would fail on it."""
+    examples = examples_of(family)
+    patients = Examples(examples.features, examples.labels, examples.units // records)
+    plan = plan_of(Private(clip_norm=0.5, noise_multiplier=1.0), max_records=records)
+    size = sum(p.numel() for p in built(family, "cpu").parameters())
+
+    with session(built(family, "meta"), cross_entropy, patients, plan) as work, torch.no_grad():
+        total, squared = work._clipper._run(work.draw(simulated_source(1)), 0.5)  # type: ignore[attr-defined] # without the look at the norms, which a device of shapes has not
+
+    assert total.device.type == squared.device.type == "meta"
+    assert total.shape == (size,)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize(
+    ("optimizer", "momentum"), [("sgd", 0.0), ("sgd", 0.5), ("adam", 0.0), ("adamw", 0.0)]
+)
+def test_a_step_is_taken_where_the_model_is(
+    optimizer: Optimizer, momentum: float, weight_decay: float
+) -> None:
+    parameters = torch.zeros(50, device="meta")
+    rule = FlatOptimizer(
+        parameters, optimizer=optimizer, momentum=momentum, weight_decay=weight_decay
+    )
+
+    for _ in range(2):
+        rule.step(torch.ones(50, device="meta"), learning_rate=0.1, scale=0.5)
+
+    assert {value.device.type for value in rule._state.values()} <= {"meta"}
 
 
 def plan_of(guarantee: Private | NotPrivate, **more: Any) -> TrainingPlan:

@@ -404,6 +404,13 @@ def test_a_consortium_too_small_for_its_colluders_is_refused_by_the_site(
         admit_study(sites[0], Payload({"study": study.agreed(), "hash": study.hash}))
 
 
+def test_the_example_is_a_study_of_whole_sites() -> None:
+    study = load_study(Path(__file__).parents[1] / "examples" / "whole-hospitals.toml")
+
+    assert study.protects_sites
+    assert isinstance(sum_codec(study, sites=40, size=28), SiteSum)
+
+
 def test_the_four_hospitals_are_all_there(finished: tuple[RunDirectory, dict[str, Any]]) -> None:
     _, result = finished
 
