@@ -5,10 +5,11 @@
 The whole takes ten minutes and more; by families and batches it takes its parts one by one.
 
 CPU time of a step on a given batch, of an epoch end to end (each with its own loader), and peak
-memory; medians over interleaved repetitions, and ratios to the reference named in each bar. Both
-Fedward and the references run on one thread. "fedward" draws its noise from the cryptographic
-source, on which the bars are; "fedward-simulated" from the seeded one, and "fedward-randn" from
-`torch.randn`, which protects nothing but is what Opacus does. Models are in `dp_models.py`.
+memory. All take turns, in an order that rotates, and a ratio is the median over the turns of each
+turn's ratio, so that a neighbour of the machine meets both sides. All run on one thread. "fedward"
+draws its noise from the cryptographic source, on which the bars are; "fedward-simulated" from the
+seeded one, and "fedward-randn" from `torch.randn`, which protects nothing but is what Opacus does.
+Models are in `dp_models.py`.
 """
 
 import argparse
@@ -267,27 +268,57 @@ EPOCHS: dict[str, Callable[[Family, int], Step]] = {
 
 
 _LONG_MS = 100.0  # steps for which it does not matter what ran before
+_BLOCK_MS = 2.0  # a turn of something quick is as many steps as fill this
 
 
-def timed(made: Mapping[str, Step], *, seconds: float, turns: int = 3) -> dict[str, float]:
-    """Median CPU milliseconds of each, in turns, so that a busy machine hits all alike.
+class Turns:
+    """CPU milliseconds of a step, of each contender in each turn."""
 
-    Each has `seconds` of CPU time, and at least `turns` turns. A turn is two steps of which the
-    second is timed: in training, too, a step finds caches and heap as one of its own kind left
-    them.
-    """
-    times: dict[str, list[float]] = {name: [] for name in made}
-    going = dict(made)
-    while going:
-        for name, step in list(going.items()):
-            if not times[name] or times[name][-1] < _LONG_MS:
-                step()
-            start = time.process_time_ns()
+    def __init__(self, made: Mapping[str, Step]) -> None:
+        self.times: dict[str, list[float]] = {name: [] for name in made}
+        self._made = dict(made)
+        self._steps = dict.fromkeys(made, 1)
+
+    def take(self, *, seconds: float, at_least: int, at_most: int = 101) -> "Turns":
+        """Take turns until `seconds` of CPU time are over; or, of long ones, three times that."""
+        names, begun = list(self._made), time.process_time()
+        for turn in range(at_most):
+            over = (time.process_time() - begun) / seconds
+            if over > (1 if turn >= at_least else 3):
+                break
+            first = turn % len(names)
+            for name in names[first:] + names[:first]:
+                self.times[name].append(self._turn(name))
+        return self
+
+    def _turn(self, name: str) -> float:
+        """One step, so that caches and heap are as one of its own kind leaves them, and a block."""
+        step, times = self._made[name], self.times[name]
+        if not times or times[-1] < _LONG_MS:
             step()
-            times[name].append((time.process_time_ns() - start) / 1e6)
-            if sum(times[name]) > seconds * 1e3 and len(times[name]) >= turns:
-                del going[name]
-    return {name: statistics.median(values) for name, values in times.items()}
+        steps = max(1, round(_BLOCK_MS / times[-1])) if times else 1
+        start = time.process_time_ns()
+        for _ in range(steps):
+            step()
+        return (time.process_time_ns() - start) / 1e6 / steps
+
+    def medians(self) -> dict[str, float]:
+        """Milliseconds of each."""
+        return {name: statistics.median(values) for name, values in self.times.items()}
+
+    def ratio(self, name: str, to: str) -> float:
+        """The median over turns of each turn's ratio."""
+        pairs = zip(self.times[name], self.times[to], strict=True)
+        return statistics.median(one / other for one, other in pairs)
+
+    def ratios(self, to: str) -> dict[str, float]:
+        """Of all to one."""
+        return {name: self.ratio(name, to) for name in self.times}
+
+    def best(self, prefix: str) -> str:
+        """The quickest of those whose name begins so."""
+        medians = self.medians()
+        return min((n for n in medians if n.startswith(prefix)), key=lambda n: medians[n])
 
 
 def build_all(
@@ -340,44 +371,45 @@ def _status(key: str) -> int:
 
 def measure(name: str, batch: int, *, seconds: float, quick: bool) -> dict[str, object]:
     """All figures of one family at one batch size."""
-    family, turns = FAMILIES[name], 2 if quick else 5
+    family, turns = FAMILIES[name], 3 if quick else 7
     torch.manual_seed(0)
     makers = {k: v for k, v in STEPS.items() if not quick or k not in _SLOW}
     memory = {} if quick else {k: peak_mb(make, family, batch) for k, make in makers.items()}
+    parameters = sum(p.numel() for p in family.build().parameters())
     with ExitStack() as stack:
-        steps, failed = build_all(makers, family, batch, stack)
-        step_ms = timed(steps, seconds=seconds, turns=turns)
-    best = min((k for k in step_ms if k.startswith("opacus")), key=lambda k: step_ms[k])
+        made, failed = build_all(makers, family, batch, stack)
+        steps = Turns({**made, "noise": noise_of(parameters)}).take(seconds=seconds, at_least=turns)
+    best = steps.best("opacus")
     chosen = {
         k: v
         for k, v in EPOCHS.items()
         if k == best or not (k.startswith("opacus") if quick else k in failed)
     }
-    epochs, _ = build_all(chosen, family, batch)
-    epoch_ms = timed(epochs, seconds=seconds, turns=turns)
-    parameters = sum(p.numel() for p in family.build().parameters())
+    epochs = Turns(build_all(chosen, family, batch)[0])
+    epochs.take(seconds=seconds, at_least=turns)
     return {
         "family": name,
         "batch": batch,
         "parameters": parameters,
-        "step_ms": _rounded(step_ms),
-        "step_over_plain": _rounded({k: v / step_ms["plain"] for k, v in step_ms.items()}),
-        "noise_over_plain": round(_noise_ms(parameters) / step_ms["plain"], 3),
-        "epoch_ms": _rounded(epoch_ms),
-        "epoch_over_plain": _rounded({k: v / epoch_ms["plain"] for k, v in epoch_ms.items()}),
+        "turns": len(steps.times["plain"]),
+        "step_ms": _rounded(steps.medians()),
+        "step_over_plain": _rounded(steps.ratios("plain")),
+        "step_over_default": steps.ratio("fedward", "opacus-hooks"),
+        "epoch_ms": _rounded(epochs.medians()),
+        "epoch_over_plain": _rounded(epochs.ratios("plain")),
+        "epoch_of_best_over_fedward": epochs.ratio(epochs.best("opacus"), "fedward"),
         "peak_mb": {k: None if math.isnan(v) else round(v, 1) for k, v in memory.items()},
         "does_not_run": failed,
     }
 
 
-_SLOW = ("opacus-functorch", "fedward-simulated", "vmap-grad")
+_SLOW = ("opacus-functorch", "fedward-simulated", "fedward-randn", "vmap-grad")
 
 
-def _noise_ms(parameters: int) -> float:
-    """What the cryptographic noise of a step costs by itself."""
+def noise_of(parameters: int) -> Step:
+    """The cryptographic noise of a step by itself."""
     source, total = secure_source(), np.zeros(parameters, dtype=np.float32)
-    made = {"noise": lambda: add_noise(total, std=1.0, sensitivity=1.0, source=source)}
-    return timed(made, seconds=0.05)["noise"]
+    return lambda: add_noise(total, std=1.0, sensitivity=1.0, source=source)
 
 
 def _rounded(values: Mapping[str, float]) -> dict[str, float]:
@@ -394,24 +426,20 @@ def bars_of(rows: list[dict[str, object]]) -> list[dict[str, object]]:
 
     for row in rows:
         family, batch = str(row["family"]), int(str(row["batch"]))
-        steps, epochs = row["step_ms"], row["epoch_ms"]
-        if not isinstance(steps, dict) or not isinstance(epochs, dict):
-            raise TypeError("a row holds its times by engine")
         label = f"{family} at {batch}"
         if (family, batch) in STEP_BARS:
-            ratio = steps["fedward"] / steps["plain"]
+            ratio = dict(_items(row["step_over_plain"]))["fedward"]
             bar(f"{label}: step over plain", ratio, STEP_BARS[family, batch], at_most=True)
-        best = min(value for name, value in epochs.items() if name.startswith("opacus"))
         if family in EPOCH_BARS:
             bar(
                 f"{label}: epoch, times faster than Opacus' best mode",
-                best / epochs["fedward"],
+                float(str(row["epoch_of_best_over_fedward"])),
                 EPOCH_BARS[family],
                 at_most=False,
             )
         bar(
             f"{label}: step over Opacus' default",
-            steps["fedward"] / steps["opacus-hooks"],
+            float(str(row["step_over_default"])),
             1.0,
             at_most=True,
         )
@@ -431,7 +459,7 @@ def main() -> None:
     rows = []
     for family in args.family or FAMILIES:
         for batch in args.batch or (64, 512):
-            row = measure(family, batch, seconds=0.05 if args.quick else 1.0, quick=args.quick)
+            row = measure(family, batch, seconds=0.3 if args.quick else 8.0, quick=args.quick)
             rows.append(row)
             print(
                 f"{family:12} {batch:4}  "
