@@ -24,7 +24,7 @@ from fedward.privacy.mechanisms import (
     seeding,
     simulated_source,
 )
-from fedward.privacy.mechanisms.noise import draw_steps, noise_step, steps_per_unit
+from fedward.privacy.mechanisms.noise import drawing, noise_step, steps_per_unit
 from fedward.privacy.mechanisms.normal import RESOLUTION
 from fedward.privacy.mechanisms.sources import SecureSource, SimulatedSource, simulated_sources
 
@@ -324,7 +324,8 @@ def test_what_is_released_is_the_rounded_sum_by_fractions(
 ) -> None:
     vector = in_precision(np.array(secret), double=double)
     drawn = np.empty(vector.size, np.int32)
-    draw_steps(drawn, source=simulated_source(seed))
+    with drawing(simulated_source(seed), drawn.size) as draw:
+        draw(drawn)
 
     released = add_noise(vector, std=std, sensitivity=std, source=simulated_source(seed))
 
@@ -432,6 +433,17 @@ def test_threads_share_a_source_without_sharing_a_draw() -> None:
         thread.join()
 
     assert len(np.unique(np.concatenate(drawn))) == 4 * 200 * 50
+
+
+def test_a_refused_request_ends_the_key_and_frees_the_source() -> None:
+    source = SecureSource()
+    before = source._stream
+
+    with pytest.raises(ValueError, match="not finite"):
+        add_noise(np.array([math.nan]), std=1.0, sensitivity=1.0, source=source)
+
+    assert source._stream is not before
+    assert source.uniform(1).shape == (1,)
 
 
 def test_a_source_shows_no_key() -> None:

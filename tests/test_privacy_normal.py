@@ -10,8 +10,7 @@ from fedward.privacy.mechanisms.normal import (
     Uncovered,
     bricks,
     draw_normal,
-    lay,
-    put_beyond,
+    put,
 )
 
 FALSE_ALARM = 1e-9
@@ -40,8 +39,17 @@ def uncovered(rng: np.random.Generator) -> NDArray[np.int32]:
     place = -1
     while place < drawn.size:
         words = rng.integers(0, 2**64, 1 << 20, dtype=np.uint64)
-        place = put_beyond(words, *bricks().uncovered, drawn, place)
+        place = put_beyond(words, bricks().uncovered, drawn, place)
     return drawn
+
+
+def put_beyond(
+    words: NDArray[np.uint64], table: Uncovered, out: NDArray[np.int32], place: int
+) -> int:
+    """`put` where bricks put nothing; in the same column's place there is `NOTHING`."""
+    none = np.zeros(out.size, np.uint32)
+    nothing = np.full(BRICKS, NOTHING // WIDTH, np.int16)
+    return put(none, nothing, words, *table, out, place)
 
 
 def fill(rng: np.random.Generator, words: NDArray[np.uint64]) -> None:
@@ -152,7 +160,7 @@ def test_tails_beyond_the_columns_are_those_of_the_normal_distribution(
     table = bricks().uncovered._replace(boxes_to=0.0, right_from=0.5, per_gap=0.0)
     steps = np.full(200_000, NOTHING, np.int32)
     words = rng.integers(0, 2**64, 4 * 200_000, dtype=np.uint64)
-    made = put_beyond(words, *table, steps, 0)
+    made = put_beyond(words, table, steps, 0)
     drawn = steps[:made] / RESOLUTION
 
     assert np.all(steps[made:] == NOTHING)
@@ -187,7 +195,7 @@ def test_each_place_is_as_likely_as_the_next_to_be_in_no_brick(rng: np.random.Ge
     calls, out = 40_000, np.empty(50, np.int32)
     for _ in range(calls):
         out[:] = NOTHING
-        put_beyond(rng.integers(0, 2**64, 400, dtype=np.uint64), *table.uncovered, out, -1)
+        put_beyond(rng.integers(0, 2**64, 400, dtype=np.uint64), table.uncovered, out, -1)
         places += out != NOTHING
 
     expected = calls * table.rest
@@ -196,7 +204,7 @@ def test_each_place_is_as_likely_as_the_next_to_be_in_no_brick(rng: np.random.Ge
 
 
 def by_numpy(words: NDArray[np.uint64], table: Uncovered, out: NDArray[np.int32]) -> int:
-    """`put_beyond` from the beginning, all proposals at a time; gives how many words it used."""
+    """What `put` does after bricks, all proposals at a time; gives how many words it used."""
     across, up, further, gap = ((words.reshape(-1, 4) >> 11) + 0.5).T * 2.0**-53
     along = across * (table.boxes.size / table.boxes_to)
     entry = np.minimum(along.astype(np.int64), table.boxes.size - 1)
@@ -226,17 +234,17 @@ def test_machine_code_draws_what_numpy_draws_from_the_same_words(
     # Half of the proposals are tails, so that both of them are seen.
     often = table.uncovered._replace(boxes_to=0.5, right_from=0.75)
     halves = words.view(np.uint16)
-    expected, drawn = (np.empty(words.size * 2, np.int32) for _ in range(2))
-
-    expected[:] = table.column[halves[::2]] * np.int32(WIDTH) + halves[1::2]
-    lay(words.view(np.uint32), table.column, drawn)
-    np.testing.assert_array_equal(drawn, expected)
     for kind in (table.uncovered, often):
+        drawn = np.empty(words.size * 2, np.int32)
+        from_bricks = table.column[halves[::2]] * np.int32(WIDTH) + halves[1::2]
+        expected = from_bricks.copy()
         used = by_numpy(words, kind, expected)
         # However the words come, by fours.
-        place = put_beyond(words[:4000], *kind, drawn, -1)
-        assert put_beyond(words[4000:used], *kind, drawn, place) >= drawn.size
-        assert not np.array_equal(drawn, table.column[halves[::2]] * np.int32(WIDTH))
+        place = put(words.view(np.uint32), table.column, words[:4000], *kind, drawn, -1)
+        end = put(words.view(np.uint32), table.column, words[4000:used], *kind, drawn, place)
+
+        assert place < drawn.size <= end
+        assert 0 < np.count_nonzero(drawn != from_bricks) < drawn.size / 50
         np.testing.assert_array_equal(drawn, expected)
 
 

@@ -63,5 +63,6 @@ def test_a_source_of_another_make_is_drawn_ahead_too() -> None:
 
 def drawn_steps(source: Prefetched, size: int) -> NDArray[np.int32]:
     out = np.full(size, np.iinfo(np.int32).min, np.int32)
-    source.normal_steps(out)
+    with source.drawing(size) as draw:
+        draw(out)
     return out

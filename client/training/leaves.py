@@ -14,7 +14,9 @@ import math
 import sys
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -28,10 +30,10 @@ from fedward.client.training.parts import (
     Sums,
     at,
     by_patient,
+    impure,
     products,
     room,
     squared_norms,
-    squared_rows,
     stored,
     sum_records,
     weigh,
@@ -137,9 +139,11 @@ def _linear(layer: nn.Linear, calls: Sequence[Call], records: int, memory: Memor
 def _linear_once(layer: nn.Linear, a: Tensor, d: Tensor, memory: Memory | None) -> Part:
     """The gradient of a row is the outer product of `d` and `a`."""
     trained, biased = learns(layer, "weight"), learns(layer, "bias")
-    squared = squared_rows(d, memory)
+    if memory is not None and impure(a, memory) and impure(d, memory):
+        return _linear_small(layer, a, d, memory)
+    squared = squared_norms(d)
     if trained:
-        length = squared_rows(a, memory)
+        length = squared_norms(a)
         squared = squared * (length + 1 if biased else length)
 
     def weighted(factors: Tensor, into: Into) -> Sums:
@@ -152,6 +156,34 @@ def _linear_once(layer: nn.Linear, a: Tensor, d: Tensor, memory: Memory | None) 
         return sums
 
     return Part(squared, weighted)
+
+
+def _linear_small(layer: nn.Linear, a: Tensor, d: Tensor, memory: Memory) -> Part:
+    """The same by NumPy, whose calls take a third of the time; the large product is torch's."""
+    trained, biased = learns(layer, "weight"), learns(layer, "bias")
+    inputs, gradients = a.detach().numpy(), d.detach().numpy()
+    with np.errstate(all="ignore"):  # what is not finite shows in the norm
+        squared: NDArray[np.float32] = np.vecdot(gradients, gradients)
+        if trained:
+            length: NDArray[np.float32] = np.vecdot(inputs, inputs)
+            if biased:
+                length += 1
+            squared *= length
+
+    def weighted(factors: Tensor, into: Into) -> Sums:
+        kept, sums = factors.numpy(), {}
+        with np.errstate(all="ignore"):
+            if trained:
+                scaled = memory.take((layer, "scaled"), d.shape, d)
+                np.multiply(gradients, kept[:, None], out=scaled.numpy())
+                sums["weight"] = torch.mm(scaled.t(), a, out=at(into, "weight"))
+            if biased:
+                place = d.new_empty(d.shape[1]) if into is None else into["bias"]
+                np.matmul(kept, gradients, out=place.numpy())
+                sums["bias"] = place
+        return sums
+
+    return Part(torch.from_numpy(squared), weighted)
 
 
 def _gram(a: Tensor, d: Tensor) -> Tensor:

@@ -55,20 +55,16 @@ def squared_norms(values: Tensor) -> Tensor:
     return norms * norms
 
 
-def squared_rows(values: Tensor, memory: Memory | None) -> Tensor:
-    """The same of a matrix; where nothing has to be pure, in half of the time."""
-    return products(values, values, memory) if _impure(values, memory) else squared_norms(values)
-
-
 def products(one: Tensor, other: Tensor, memory: Memory | None) -> Tensor:
     """Inner products of the last dimension."""
-    if not _impure(one, memory):
+    if not impure(one, memory):
         return (one * other).sum(-1)
     with np.errstate(all="ignore"):  # what is not finite shows in the norm
         return torch.from_numpy(np.vecdot(one.detach().numpy(), other.detach().numpy()))
 
 
-def _impure(values: Tensor, memory: Memory | None) -> bool:
+def impure(values: Tensor, memory: Memory | None) -> bool:
+    """Whether NumPy may work in a tensor's memory."""
     return memory is not None and values.is_cpu and values.dtype == torch.float32
 
 

@@ -4,10 +4,12 @@ A request of a few numbers costs a secure source some sixty microseconds, whatev
 number, which is half of a step of a logistic regression.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+
 import numpy as np
 from numpy.typing import NDArray
 
-from fedward.privacy.mechanisms.noise import NoiseSource, draw_steps
+from fedward.privacy.mechanisms.noise import Draw, NoiseSource, drawing
 
 _LARGEST = 1 << 14  # numbers held at a time; larger requests gain nothing
 
@@ -34,17 +36,19 @@ class Prefetched:
         """See `NoiseSource`."""
         return np.asarray(self._source.gaussian(size, std=std), dtype=np.float64)
 
-    def normal_steps(self, out: NDArray[np.int32]) -> None:
+    def drawing(self, size: int) -> AbstractContextManager[Draw]:
         """See `DrawsSteps`."""
-        size = out.size
         if size > _LARGEST // 2:
-            draw_steps(out, source=self._source)
-            return
+            return drawing(self._source, size)
         if len(self._normal) < size:
             self._normal = np.empty(self._ahead(size), np.int32)
-            draw_steps(self._normal, source=self._source)
-        out[:] = self._normal[:size]
-        self._normal = self._normal[size:]
+            with drawing(self._source, self._normal.size) as draw:
+                draw(self._normal)
+        return nullcontext(self._take)
+
+    def _take(self, out: NDArray[np.int32]) -> None:
+        out[:] = self._normal[: out.size]
+        self._normal = self._normal[out.size :]
 
     def uniform(self, size: int) -> NDArray[np.float64]:
         """See `NoiseSource`."""

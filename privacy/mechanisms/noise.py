@@ -15,14 +15,17 @@ post-processing. Rounding moves two neighbours' vectors apart by at most two ste
 to the sensitivity: by a part in 10,000 for 100,000 elements and a noise multiplier of 1.
 """
 
+import functools
 import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedward.privacy.mechanisms.compiled import compiled
-from fedward.privacy.mechanisms.normal import RESOLUTION
+from fedward.privacy.mechanisms.normal import BLOCK, RESOLUTION
 
 _APART: Final = 2
 """Steps by which an element of two neighbours' vectors can be farther apart after rounding.
@@ -32,7 +35,6 @@ Each is moved by a half when it is rounded, and, in double precision, by a half 
 """
 
 _FOR_RELEASE: Final = ("C", "A", "W")
-_CHUNK: Final = 1 << 17  # a request has a fixed cost, and its working space is to stay in cache
 _LARGEST: Final = float(np.finfo(np.float32).max)
 _FINEST: Final = 1e-30  # standard deviation, so that a step and its inverse are single precision
 
@@ -59,11 +61,15 @@ class NoiseSource(Protocol):
         ...
 
 
+Draw = Callable[[NDArray[np.int32]], None]
+"""Overwrites an array, contiguous, with rounded normal draws of standard deviation `RESOLUTION`."""
+
+
 class DrawsSteps(NoiseSource, Protocol):
     """A source that draws what `add_noise` adds, without a detour over doubles."""
 
-    def normal_steps(self, out: NDArray[np.int32]) -> None:
-        """Overwrite `out`, contiguous, with rounded normal draws of deviation `RESOLUTION`."""
+    def drawing(self, size: int) -> AbstractContextManager[Draw]:
+        """One request, of `size` draws in parts: until its end the source is nobody else's."""
         ...
 
 
@@ -96,13 +102,14 @@ def add_noise(
         ValueError: `std` or `sensitivity` is not positive and finite, or `vector` is not finite
             in single precision: an infinite or NaN element would show through any noise.
     """
-    step = noise_step(std, sensitivity=sensitivity, size=np.size(vector))
-    flat: NDArray[Any] = np.require(vector, requirements=_FOR_RELEASE).reshape(-1)
+    step = noise_step(std, sensitivity=sensitivity, size=vector.size)
+    given = vector if vector.flags.carray else np.require(vector, requirements=_FOR_RELEASE)
+    flat: NDArray[Any] = given.reshape(-1)
     released = np.empty(flat.size, dtype=np.float32) if out is None else out.reshape(-1)
     if released.size != flat.size or not (out is None or out.flags.c_contiguous):
         raise ValueError("out is contiguous and of the vector's shape")
     add_in_steps(flat, step=step, source=source, out=released)
-    return released.reshape(np.shape(vector))
+    return released.reshape(vector.shape)
 
 
 def add_in_steps(
@@ -110,17 +117,19 @@ def add_in_steps(
 ) -> None:
     """What `add_noise` does, to arrays of shape `(size,)`, by a `noise_step`."""
     scale, unit = steps_per_unit(step), np.float32(step)
-    memory = np.empty(min(_CHUNK, flat.size), dtype=np.int32)
-    for start in range(0, flat.size, _CHUNK):
-        part = flat[start : start + _CHUNK]
-        drawn = memory[: part.size]
-        draw_steps(drawn, source=source)
-        upper, lower = _halves(part)
-        if not release(upper, lower, drawn, scale, unit, out[start : start + _CHUNK]):
-            raise ValueError("a vector that is not finite cannot be released with noise")
+    memory = np.empty(min(BLOCK, flat.size), dtype=np.int32)
+    with drawing(source, flat.size) as draw:
+        for start in range(0, flat.size, BLOCK):
+            at = slice(start, start + BLOCK)
+            upper, lower = _halves(flat[at])
+            drawn = memory[: upper.size]
+            draw(drawn)
+            if not release(upper, lower, drawn, scale, unit, out[at]):
+                raise ValueError("a vector that is not finite cannot be released with noise")
     memory.fill(0)
 
 
+@functools.lru_cache(maxsize=64)
 def noise_step(std: float, *, sensitivity: float, size: int) -> float:
     """What vectors of `size` elements and their noise are rounded to multiples of.
 
@@ -145,14 +154,17 @@ def noise_step(std: float, *, sensitivity: float, size: int) -> float:
     return std / deviation
 
 
-def draw_steps(out: NDArray[np.int32], *, source: NoiseSource) -> None:
-    """Overwrite `out` with normal draws of standard deviation `RESOLUTION`, rounded."""
+def drawing(source: NoiseSource, size: int) -> AbstractContextManager[Draw]:
+    """`DrawsSteps.drawing`, of any source."""
     # Not by isinstance: to hold a source against a protocol takes as long as a small draw.
-    normal_steps = getattr(source, "normal_steps", None)
-    if normal_steps is not None:
-        normal_steps(out)
-    else:
+    own: Callable[[int], AbstractContextManager[Draw]] | None = getattr(source, "drawing", None)
+    if own is not None:
+        return own(size)
+
+    def draw(out: NDArray[np.int32]) -> None:
         out[:] = np.rint(source.gaussian(out.size, std=RESOLUTION))
+
+    return nullcontext(draw)
 
 
 def steps_per_unit(step: float) -> float:

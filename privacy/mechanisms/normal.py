@@ -31,7 +31,10 @@ RESOLUTION: Final = 3 << 21
 _BITS: Final = 16
 _BRICKS: Final = 1 << _BITS
 _WIDTH: Final = 1 << _BITS
-_BLOCK: Final = 1 << 15  # draws that are worked on at a time: they stay in the second-level cache
+BLOCK: Final = 28_000
+"""Draws at a time: their memory stays in the second-level cache, and below the 128 KiB which the C
+library asks of the operating system anew each time."""
+
 _ENTRIES: Final = 1 << 12  # of the table of boxes, about
 _COLUMNS_TO: Final = 5  # standard deviations; there are no bricks beyond 3.4, and boxes still
 _PER_ROOT: Final = 1 / (RESOLUTION * math.sqrt(2 * math.pi))
@@ -90,19 +93,18 @@ def draw_normal(out: NDArray[np.int32], words: Words) -> None:
     Nothing of a draw is left anywhere else.
     """
     table = bricks()
-    largest = min(_BLOCK, out.size)
-    memory = np.empty(_words_for(largest, table.rest), np.uint64)
-    for start in range(0, out.size, _BLOCK):
-        drawn = out[start : start + _BLOCK]
+    memory = np.empty(_words_for(min(BLOCK, out.size), table.rest), np.uint64)
+    for start in range(0, out.size, BLOCK):
+        drawn = out[start : start + BLOCK]
+        given = memory[: _words_for(drawn.size, table.rest)]
+        words(given)
         one_each = (drawn.size + 1) // 2
-        word = memory[: _words_for(drawn.size, table.rest)]
-        words(word)
-        lay(word[:one_each].view(np.uint32), table.column, drawn)
-        rest = word[one_each:]
-        place = put_beyond(rest, *table.uncovered, drawn, -1)
+        rest = given[one_each:]
+        lay, uncovered = given[:one_each].view(np.uint32), table.uncovered
+        place = put(lay, table.column, rest, *uncovered, drawn, -1)
         while place < drawn.size:
             words(rest)
-            place = put_beyond(rest, *table.uncovered, drawn, place)
+            place = put(lay, table.column, rest, *uncovered, drawn, place)
     memory.fill(0)
 
 
@@ -111,19 +113,13 @@ def _words_for(draws: int, rest: float) -> int:
     return (draws + 1) // 2 + 16 + int(8 * rest * draws)
 
 
-@compiled("void(uint32[::1], int16[::1], int32[::1])")
-def lay(words: NDArray[np.uint32], column: NDArray[np.int16], out: NDArray[np.int32]) -> None:
-    """Overwrite `out` with draws out of bricks: as many words, and the columns of the bricks."""
-    for place in range(out.size):
-        word = words[place]
-        out[place] = np.int32(column[word & _LOWER]) * _WIDTH + np.int32(word >> _UPPER)
-
-
 @compiled(
-    "int64(uint64[::1], int64[::1], float64[::1], float64[::1], float64[::1],"
-    " float64, float64, float64, float64, float64, int32[::1], int64)"
+    "int64(uint32[::1], int16[::1], uint64[::1], int64[::1], float64[::1], float64[::1],"
+    " float64[::1], float64, float64, float64, float64, float64, int32[::1], int64)"
 )
-def put_beyond(  # noqa: PLR0917 (compiled code knows no keywords)
+def put(  # noqa: PLR0917 (compiled code knows no keywords)
+    lay: NDArray[np.uint32],
+    column: NDArray[np.int16],
     words: NDArray[np.uint64],
     boxes: NDArray[np.int64],
     left: NDArray[np.float64],
@@ -137,12 +133,15 @@ def put_beyond(  # noqa: PLR0917 (compiled code knows no keywords)
     out: NDArray[np.int32],
     place: int,
 ) -> int:
-    """Overwrite what is in no brick, which each draw is independently of the others.
+    """Overwrite `out` with draws from bricks, and then those that are in none.
 
-    By rejection, about .6 of the proposals are kept; each has four words, of which the last says
-    how far it is to the next draw that is in no brick.
+    Each draw is in no brick independently of the others. Such a one is made by rejection, and .6 of
+    the proposals are kept; each has four words, of which the last says how far it is to the next
+    draw that is in no brick.
 
     Args:
+        lay: Uniform, at least as many as draws: half of a word chooses the brick, half the place.
+        column: As in `Bricks`.
         words: Uniform.
         boxes: As in `Uncovered`, like what follows.
         left: See there.
@@ -154,11 +153,15 @@ def put_beyond(  # noqa: PLR0917 (compiled code knows no keywords)
         right_edge: See there.
         per_gap: See there.
         out: Draws.
-        place: Of the draw to overwrite first; -1 where all begins.
+        place: -1 where all begins; else of the draw in no brick to go on from.
 
     Returns:
         The size of `out` or more; or, if there were too few words, the place to go on from.
     """
+    if place < 0:
+        for number in range(out.size):
+            word = lay[number]
+            out[number] = np.int32(column[word & _LOWER]) * _WIDTH + np.int32(word >> _UPPER)
     for at in range(0, words.size - 3, 4):
         if place >= out.size:
             break
@@ -167,10 +170,10 @@ def put_beyond(  # noqa: PLR0917 (compiled code knows no keywords)
         if across < boxes_to:
             along = across * (boxes.size / boxes_to)
             entry = int(along)
-            column = boxes[entry]
-            x = left[column] + (along - entry) * _WIDTH
+            over = boxes[entry]
+            x = left[over] + (along - entry) * _WIDTH
             bell = math.exp(-0.5 * (x / RESOLUTION) * (x / RESOLUTION)) * _PER_ROOT
-            keep = heights[column] + up * tallest[column] < bell
+            keep = heights[over] + up * tallest[over] < bell
         else:
             # Marsaglia 1964: an exponential tail about the normal one.
             edge = left_edge if across < right_from else right_edge

@@ -6,17 +6,18 @@ import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext, algorithms, modes
 from numpy.typing import NDArray
 
-from fedward.privacy.mechanisms.noise import DrawsSteps, NoiseSource
+from fedward.privacy.mechanisms.noise import Draw, DrawsSteps, NoiseSource
 from fedward.privacy.mechanisms.normal import RESOLUTION, draw_normal
 from fedward.privacy.mechanisms.seeding import Seed, philox_keys
 
 _KEY_BYTES = 32
-_ZERO_COUNTER = bytes(16)  # safe: every key encrypts one stream, once
+_COUNTER = modes.CTR(bytes(16))  # from zero; safe: every key encrypts one stream, once
 _ZEROS = bytes(1 << 18)
 
 
@@ -98,10 +99,11 @@ class SecureSource:
         """See `NoiseSource`; multiples of `std / RESOLUTION`."""
         return _gaussian(self, size, std)
 
-    def normal_steps(self, out: NDArray[np.int32]) -> None:
-        """See `DrawsSteps` and `normal`: of each draw 32 random bits, or 100 and more."""
+    @contextmanager
+    def drawing(self, size: int) -> Iterator[Draw]:  # noqa: ARG002 (the interface)
+        """See `DrawsSteps` and `normal`: of each draw 32 random bits, or more."""
         with self._request():
-            draw_normal(out, self._fill)
+            yield partial(draw_normal, words=self._fill)
 
     @contextmanager
     def _request(self) -> Iterator[None]:
@@ -113,8 +115,10 @@ class SecureSource:
         if os.getpid() != self._process:  # a fork that Python did not see
             self.rekey()
         with self._lock:
-            yield
-            self._stream = _stream(self._stream.update(_ZEROS[:_KEY_BYTES]))
+            try:
+                yield
+            finally:
+                self._stream = _stream(self._stream.update(_ZEROS[:_KEY_BYTES]))
 
     def _fill(self, words: NDArray[np.uint64]) -> None:
         """Overwrite `words` with the next ones of the stream."""
@@ -148,10 +152,11 @@ class SimulatedSource:
         """See `NoiseSource`; multiples of `std / RESOLUTION`."""
         return _gaussian(self, size, std)
 
-    def normal_steps(self, out: NDArray[np.int32]) -> None:
+    @contextmanager
+    def drawing(self, size: int) -> Iterator[Draw]:  # noqa: ARG002 (the interface)
         """See `DrawsSteps` and `normal`."""
         with self._lock:
-            draw_normal(out, self._fill)
+            yield partial(draw_normal, words=self._fill)
 
     def fill_uniform(self, out: NDArray[np.float64]) -> None:
         """Overwrite `out`, shape `(size,)`, contiguous, with what `uniform` would give."""
@@ -174,13 +179,14 @@ _PHILOX = {
 
 
 def _stream(key: bytes) -> CipherContext:
-    return Cipher(algorithms.AES256(key), modes.CTR(_ZERO_COUNTER)).encryptor()
+    return Cipher(algorithms.AES256(key), _COUNTER).encryptor()
 
 
 def _gaussian(source: DrawsSteps, size: int, std: float) -> NDArray[np.float64]:
     scale = _std(std) / RESOLUTION
     steps = np.empty(_size(size), dtype=np.int32)
-    source.normal_steps(steps)
+    with source.drawing(size) as draw:
+        draw(steps)
     return np.multiply(steps, scale)
 
 
