@@ -57,10 +57,17 @@ class FlowerChannel:
     Args:
         grid: The grid.
         pack: How payloads become Flower's records.
+        ended: Whether nobody answers any more, so that there is nothing to wait for.
     """
 
-    def __init__(self, grid: Grid, *, pack: Callable[[Payload], RecordDict] = pack) -> None:
-        self._grid, self._pack = grid, pack
+    def __init__(
+        self,
+        grid: Grid,
+        *,
+        pack: Callable[[Payload], RecordDict] = pack,
+        ended: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self._grid, self._pack, self._ended = grid, pack, ended
 
     def node_ids(self) -> list[int]:
         """The nodes that are connected now, sorted."""
@@ -113,7 +120,7 @@ class FlowerChannel:
                     yield _read(message, node)
             if count:
                 wait = _FIRST_WAIT
-            elif time.monotonic() >= until:
+            elif time.monotonic() >= until or self._ended():
                 return
             else:
                 time.sleep(wait)

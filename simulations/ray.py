@@ -2,6 +2,9 @@
 
 import logging
 import os
+import socket
+import sys
+import threading
 import warnings
 from collections.abc import Mapping
 from functools import cache
@@ -13,8 +16,9 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedward.client.app import SIMULATED_SITES, make_app
 from fedward.client.local_site import LocalSite
-from fedward.core.errors import RunError
+from fedward.core.errors import ConfigError, RunError
 from fedward.core.run import RunDirectory
+from fedward.core.simulated import Resources
 from fedward.core.site import load_site
 from fedward.core.study import Study, load_study
 from fedward.server.channel import FlowerChannel
@@ -25,6 +29,7 @@ from fedward.simulations.scenarios import Scenario, make_scenario
 from fedward.simulations.sites import SimulatedSite
 
 _QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+_ANSWERS_WITHIN = 5.0
 
 
 def run_on_ray(
@@ -42,7 +47,8 @@ def run_on_ray(
     its machines share. What a process that failed was asked is asked again.
 
     Raises:
-        RunError: Ray is not installed, or the run failed; says why.
+        ConfigError: A site is to have more than Ray has.
+        RunError: Ray is not installed or not there, or the run failed; says why.
     """
     try:
         import ray
@@ -50,21 +56,19 @@ def run_on_ray(
         raise RunError("runtime ray needs Ray; install fedward[ray]") from error
     resources = study.simulation.resources
     cpus = int(resources.cpus) if resources.cpus.is_integer() else resources.cpus
-    # Workers inherit the environment of the process that starts Ray.
-    environment = _QUIET | {SIMULATED_SITES: str(sites.listing)}
-    os.environ.update(environment)
-    initial: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False}
-    if resources.address is not None:
-        initial = {"address": resources.address, "runtime_env": {"env_vars": environment}}
+    _start(ray, resources, sites)
     from flwr.simulation import run_simulation
 
-    logging.getLogger("flwr").setLevel(logging.WARNING)
-    server_app = ServerApp()
+    # Whatever goes wrong is said in one line, below.
+    logging.getLogger("flwr").setLevel(logging.CRITICAL)
+    server_app, ended = ServerApp(), threading.Event()
 
     @server_app.main()
     def main(grid: Grid, context: Context) -> None:
         context.run_config.update(config)
-        flower = RetryingChannel(FlowerChannel(grid), retries=resources.retries, log=run.event)
+        flower = RetryingChannel(
+            FlowerChannel(grid, ended=ended.is_set), retries=resources.retries, log=run.event
+        )
         run_until_done(with_curve(flower, study, curve), scenario, context, run)
 
     try:
@@ -81,17 +85,73 @@ def run_on_ray(
                         "num_cpus": cpus,
                         "num_gpus": resources.gpus,
                     },
-                    "init_args": initial,
                 },
             )
     except RuntimeError as error:
-        raise RunError(run.why_it_ended() or f"the run failed on Ray: {error}") from error
+        raise RunError(run.why_it_ended() or f"the run failed on Ray: {_first(error)}") from error
     finally:
+        ended.set()
         ray.shutdown()
-        os.environ.pop(SIMULATED_SITES, None)
     reason = run.why_it_ended()
     if reason is not None:
         raise RunError(reason)
+
+
+def _start(ray: Any, resources: Resources, sites: Provisioned) -> None:
+    """Start Ray on this machine, or connect to the cluster that the study names.
+
+    Flower would do it, and would have no place for the environment of a cluster's workers.
+    """
+    environment = {
+        **_QUIET,
+        SIMULATED_SITES: str(sites.listing),
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+    }
+    initial: dict[str, Any] = {"include_dashboard": False}
+    if resources.address is not None:
+        _knock(resources.address)
+        initial = {"address": resources.address}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            ray.init(
+                **initial,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                runtime_env={"env_vars": environment},
+            )
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise RunError(f"Ray does not start: {_first(error)}") from error
+    there = ray.cluster_resources()
+    for name, asked in (("CPU", resources.cpus), ("GPU", resources.gpus)):
+        if asked > there.get(name, 0):
+            ray.shutdown()
+            raise ConfigError(
+                f"= {asked:g} for a site, and Ray has {there.get(name, 0):g}; ask for less",
+                file="study",
+                key=f"[simulation.resources] {name.lower()}s",
+            )
+
+
+def _knock(address: str) -> None:
+    """See whether anybody listens: Ray itself would wait for minutes."""
+    host, separator, port = address.removeprefix("ray://").rpartition(":")
+    if not separator or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWERS_WITHIN).close()
+    except OSError as error:
+        raise RunError(
+            f"no Ray cluster answers at {address}: {error}; start one with `ray start --head`, "
+            "or remove [simulation.resources] address to use this machine"
+        ) from error
+
+
+def _first(error: BaseException) -> str:
+    """What went wrong at first, of a chain of errors."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {error}"
 
 
 def open_simulated(context: Context) -> LocalSite:
