@@ -4,9 +4,10 @@
     python benchmarks/simulation.py [--peers FOLDER] [--quick] [--json] [--show 1|2|3|4|5]
 
 Breast cancer data, an MLP 30-64-2, FedAvg, one local epoch, batch 32, 10 rounds, the same rows at
-each site for everybody. Every contender is a process of its own. Time of a round is processor time
-(median over rounds, first one left out) where the contender is one process, so that a busy machine
-does not blur ratios, and wall time where it is many; memory is the peak over all its processes.
+each site for everybody. Every contender is a process of its own; they take turns, and a ratio is
+the median of each turn's. Time of a round is processor time (median over rounds, first one left
+out) where the contender is one process, so that a busy machine does not blur ratios, and wall time
+where it is many; memory is the peak over all its processes.
 Fedward's processes do everything that a run does: study, admission, ledgers, evaluation, a signed
 release. Show 2 adds privacy; show 3 grows the number of sites; show 4 is a study with dropouts,
 stragglers and attackers, whose report is read; show 5 needs a GPU.
@@ -32,30 +33,35 @@ HERE = Path(__file__).parent
 ROWS_A_SITE = 28
 _DATA_KIB = ROWS_A_SITE * 31 * 4 / 1024  # 30 features and a label
 _MOST_BEYOND_DATA = 5 * _DATA_KIB  # site file, key, ledger, plan and message: a small multiple
+_PAIRS = {ROWS_A_SITE: 5, 320: 3}  # turns of private training, by rows a site
 _LOOK_EVERY = 0.1
 _PATIENCE = 900.0
 
 
 @dataclass(frozen=True, slots=True)
 class Contender:
-    """Who does the job: a name, a script of `peers/`, its arguments, and whose Python."""
+    """Who does the job: a name, a script of `peers/`, its arguments, and whose Python.
+
+    It takes part in at most `turns` turns: some take minutes.
+    """
 
     name: str
     script: str
     arguments: tuple[str, ...] = ()
     peer: str | None = None
+    turns: int = 99
 
 
 PLAIN = Contender("plain loop", "plain.py")
 PER_SITE = Contender("fedward in-process", "fedward_job.py", ("per-site",))
 VECTORISED = Contender("fedward vectorised", "fedward_job.py", ("vectorised",))
-PFL = Contender("pfl-research", "pfl_job.py", peer="pfl")
-RAY = Contender("flower on ray", "flower_ray.py")
-NVFLARE = Contender("nvflare", "nvflare_job.py", peer="nvflare")
+PFL = Contender("pfl-research", "pfl_job.py", peer="pfl", turns=2)
+RAY = Contender("flower on ray", "flower_ray.py", turns=3)
+NVFLARE = Contender("nvflare", "nvflare_job.py", peer="nvflare", turns=1)
 OPACUS = Contender("opacus loop", "opacus_loop.py")
-PFL_PRIVATE = Contender("pfl-research private", "pfl_job.py", ("private",), peer="pfl")
+PFL_PRIVATE = Contender("pfl-research private", "pfl_job.py", ("private",), peer="pfl", turns=1)
 PER_SITE_PRIVATE = Contender(
-    "fedward in-process private", "fedward_job.py", ("per-site", "private")
+    "fedward in-process private", "fedward_job.py", ("per-site", "private"), turns=2
 )
 VECTORISED_PRIVATE = Contender(
     "fedward vectorised private", "fedward_job.py", ("vectorised", "private")
@@ -192,27 +198,40 @@ class Bench:
         sites: int,
         model: str = "mlp",
         size: int = ROWS_A_SITE,
+        turns: int = 1,
     ) -> dict[str, dict[str, Any]]:
-        """One job for each contender that has not done it before."""
+        """One job for each contender that has not done it before, in turns.
+
+        Neighbours of the machine come and go: contenders that take turns, each turn beginning with
+        another of them, all meet them. A contender's figures are medians over its turns.
+        """
         rounds = 3 if self.arguments.quick else 10
-        found = {}
+        turns = 1 if self.arguments.quick else turns
+
+        def key(contender: Contender) -> tuple[object, ...]:
+            return contender.name, sites, model, size, self.arguments.device
+
+        todo = [contender for contender in contenders if key(contender) not in self._known]
+        done: dict[str, list[dict[str, Any]]] = {contender.name: [] for contender in todo}
         with tempfile.TemporaryDirectory(prefix="fedward-bench-") as folder:
             job = Path(folder) / "job"
             # 16 sites share the 455 rows out; more sites draw theirs from them.
             own = 0 if sites * size <= 455 and sites == 16 else size
-            write_job(job, sites=sites, model=model, rounds=rounds, size=own)
-            for contender in contenders:
-                what = (contender.name, sites, model, size, self.arguments.device)
-                if what not in self._known:
-                    row = run(
-                        contender, job, peers=self.arguments.peers, device=self.arguments.device
-                    )
-                    row |= {"sites": sites, "model": model, "rows_a_site": size}
-                    self.rows.append(row)
-                    self._known[what] = row
-                    self._show(row)
-                found[contender.name] = self._known[what]
-        return found
+            if todo:
+                write_job(job, sites=sites, model=model, rounds=rounds, size=own)
+            for turn in range(turns):
+                first = turn % max(1, len(todo))
+                for contender in todo[first:] + todo[:first]:
+                    if turn < contender.turns and not _hopeless(done[contender.name]):
+                        peers, device = self.arguments.peers, self.arguments.device
+                        done[contender.name].append(run(contender, job, peers=peers, device=device))
+        for contender in todo:
+            row = middle(done[contender.name])
+            row |= {"sites": sites, "model": model, "rows_a_site": size}
+            self.rows.append(row)
+            self._known[key(contender)] = row
+            self._show(row)
+        return {contender.name: self._known[key(contender)] for contender in contenders}
 
     def bar(self, name: str, value: float | None, bar: float, *, at_least: bool) -> None:
         """Hold a figure against a bar; one that could not be measured is not held."""
@@ -239,12 +258,32 @@ class Bench:
         )
 
 
+def _hopeless(turns: list[dict[str, Any]]) -> bool:
+    return bool(turns) and "round_ms" not in turns[0]
+
+
+def middle(turns: list[dict[str, Any]]) -> dict[str, Any]:
+    """A contender's figures: of times the medians over its turns, of memory the most."""
+    ended = [turn for turn in turns if "round_ms" in turn]
+    if not ended:
+        return turns[0]
+    times = {key: [turn[key] for turn in ended] for key in ("round_ms", "process_s")}
+    return {
+        **ended[0],
+        **{key: statistics.median(values) for key, values in times.items()},
+        "peak_mb": max(turn["peak_mb"] for turn in ended),
+        "turns": times,
+    }
+
+
 def ratio(
     found: dict[str, dict[str, Any]], over: Contender, under: Contender, key: str = "round_ms"
 ) -> float | None:
-    """One contender's figure over another's; None if either has none."""
-    values = [found.get(c.name, {}).get(key) for c in (over, under)]
-    return None if None in values else float(values[0] / values[1])
+    """One contender's figure over another's: the median of each turn's; None if either has none."""
+    values = [found.get(c.name, {}).get("turns", {}).get(key) for c in (over, under)]
+    if None in values:
+        return None
+    return statistics.median(a / b for a, b in zip(*values, strict=False))
 
 
 def show_1(bench: Bench) -> None:
@@ -254,7 +293,7 @@ def show_1(bench: Bench) -> None:
     quick = bench.arguments.quick
     bench.bar("grid, ms a message", milliseconds_a_message(), 0.2, at_least=False)
     few = [PLAIN, PER_SITE, VECTORISED]
-    found = bench.measure(few if quick else [*few, PFL, RAY, NVFLARE], sites=16)
+    found = bench.measure(few if quick else [*few, PFL, RAY, NVFLARE], sites=16, turns=5)
     bench.bar("in-process over plain, 16 sites", ratio(found, PER_SITE, PLAIN), 1.3, at_least=False)
     bench.bar("plain over vectorised, 16 sites", ratio(found, PLAIN, VECTORISED), 1, at_least=True)
     _memory_bar(bench, found, 16)
@@ -263,11 +302,12 @@ def show_1(bench: Bench) -> None:
         bench.bar(name, ratio(found, peer, PER_SITE, "process_s"), 10, at_least=True)
     said = [row["accuracy"] for row in found.values() if "accuracy" in row]
     bench.notes.append(f"final accuracies at 16 sites: {min(said)} to {max(said)}")
-    found = bench.measure(few if quick else [*few, PFL], sites=100)
+    found = bench.measure(few if quick else [*few, PFL], sites=100, turns=5)
     name = "in-process over plain, 100 sites"
     bench.bar(name, ratio(found, PER_SITE, PLAIN), 1.3, at_least=False)
     _memory_bar(bench, found, 100)
-    found = bench.measure([PLAIN, VECTORISED] if quick else [PLAIN, VECTORISED, PFL], sites=1000)
+    many = [PLAIN, VECTORISED] if quick else [PLAIN, VECTORISED, PFL]
+    found = bench.measure(many, sites=1000, turns=3)
     name = "plain over vectorised, 1,000 sites"
     bench.bar(name, ratio(found, PLAIN, VECTORISED), 5, at_least=True)
 
@@ -285,7 +325,11 @@ def show_2(bench: Bench) -> None:
         private += [PER_SITE_PRIVATE, PFL_PRIVATE]
     for model, size in (("logistic", 28), ("logistic", 320), ("mlp", 28), ("mlp", 320)):
         left_out = quick and (model, size) != ("mlp", 28)  # a minute is not enough for all
-        found = {} if left_out else bench.measure(private, sites=100, model=model, size=size)
+        found = (
+            {}
+            if left_out
+            else bench.measure(private, sites=100, model=model, size=size, turns=_PAIRS[size])
+        )
         label = f"{model}, 100 sites, {size} rows"
         value = ratio(found, OPACUS, VECTORISED_PRIVATE)
         bench.bar(f"opacus over vectorised private, {label}", value, 15, at_least=True)

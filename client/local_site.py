@@ -67,7 +67,6 @@ class LocalSite:
     def __init__(self, file: Path, *, site: Site | None = None) -> None:
         self.file = file
         self.site: Site = site or load_site(file)
-        self.state = file.parent / self.site.site.state
         self._admitted: dict[str, Admitted] = {}
         self._examples: dict[str, tuple[Examples, Examples]] = {}
         self.sessions: dict[str, tuple[str, SiteSession]] = {}
@@ -83,6 +82,11 @@ class LocalSite:
         ledgers = self.site.site.ledgers
         if self.simulated and ledgers is not None:
             take_out(self.file.parent / ledgers, self.name, state=self.state)
+
+    @property
+    def state(self) -> Path:
+        """The folder of all that must outlast the process."""
+        return self.file.parent / self.site.site.state
 
     @property
     def name(self) -> str:

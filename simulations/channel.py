@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 
@@ -31,6 +31,7 @@ from fedward.transport.payload import Payload
 
 ADMIT, TRAIN, PUBLISH = "query.admit", "train.update", "query.publish"
 _WINDOW = 1024
+_MESSAGES = 256
 
 Log = Callable[..., None]
 
@@ -64,10 +65,12 @@ class CohortChannel:
         """As `Channel`."""
         if kind == TRAIN and self._vectorised():
             yield from self._train(payloads)
-        else:
-            yield from self._flower.ask(
-                kind, payloads, round_number=round_number, deadline=deadline
-            )
+            return
+        # A few at a time: of ten thousand sites neither all messages nor all answers are at once.
+        nodes = list(payloads)
+        for start in range(0, len(nodes), _MESSAGES):
+            few = {node: payloads[node] for node in nodes[start : start + _MESSAGES]}
+            yield from self._flower.ask(kind, few, round_number=round_number, deadline=deadline)
 
     def _vectorised(self) -> bool:
         if self._choice is None:
@@ -81,7 +84,7 @@ class CohortChannel:
                 self._cohort = Cohort(
                     model,
                     study_loss(study, task),
-                    [self._cohort_site(self._sites[node]) for node in members],
+                    _AsAsked(self._cohort_site, [self._sites[node] for node in members]),
                     device=torch.device(study.simulation.device),
                 )
             self._log("engine", engine=self._choice.engine, why=self._choice.why)
@@ -148,6 +151,25 @@ class CohortChannel:
         updates = list(self._cohort.train(first.parameters, turns))
         self._spent = sources.spent()
         yield from updates
+
+
+class _AsAsked(Sequence[CohortSite]):
+    """What a cohort needs of each site, made when it is asked for: thousands are never at once."""
+
+    def __init__(self, make: Callable[[LocalSite], CohortSite], sites: list[LocalSite]) -> None:
+        self._make, self._sites = make, sites
+
+    @overload
+    def __getitem__(self, place: int) -> CohortSite: ...
+    @overload
+    def __getitem__(self, place: slice) -> "_AsAsked": ...
+    def __getitem__(self, place: int | slice) -> "CohortSite | _AsAsked":
+        if isinstance(place, slice):
+            return _AsAsked(self._make, self._sites[place])
+        return self._make(self._sites[place])
+
+    def __len__(self) -> int:
+        return len(self._sites)
 
 
 class _Sources:

@@ -80,27 +80,39 @@ class Cohort:
     ) -> None:
         self._device = device or torch.device("cpu")
         self._model, self._loss = model.to(self._device), loss
-        self._plans = [site.plan for site in sites]
+        self._plans: list[TrainingPlan] = []
+        self._samplers: list[PoissonSampler] = []
+        self._one_row, ends = True, [0]
+        for site in sites:  # which may be made as they are asked for: none is kept
+            units = site.examples.units
+            self._plans.append(site.plan)
+            self._samplers.append(_sampler(site))
+            self._one_row = self._one_row and np.array_equal(units, np.arange(len(units)))
+            ends.append(ends[-1] + len(units))
         self._plan = _common(self._plans)
         self._parameters = list(model.parameters())
         self._size = sum(p.numel() for p in self._parameters if p.requires_grad)
-        self._samplers = [_sampler(site) for site in sites]
         self._patients = np.array([sampler.num_units for sampler in self._samplers])
         self._rates = np.array([plan.sample_rate for plan in self._plans])
-        self._one_row = all(
-            np.array_equal(site.examples.units, np.arange(len(site.examples.units)))
-            for site in sites
-        )
         self._records = max(sampler.records for sampler in self._samplers)
-        self._starts = np.cumsum([0] + [len(site.examples.labels) for site in sites])
-        self._padding = int(self._starts[-1])  # one row of zeros after all others
-        self._features = self._pile([site.examples.features for site in sites])
-        self._labels = self._pile([site.examples.labels for site in sites])
+        self._starts = np.array(ends)
+        self._padding = ends[-1]  # one row of zeros after all others
+        self._features, self._labels = self._piles(sites)
         self._sum = self._make_sum()
 
-    def _pile(self, arrays: Sequence[NDArray[np.generic]]) -> Tensor:
-        zero = np.zeros_like(arrays[0], shape=(1, *arrays[0].shape[1:]))
-        return torch.from_numpy(np.concatenate([*arrays, zero])).to(self._device)
+    def _piles(self, sites: Sequence[CohortSite]) -> tuple[Tensor, Tensor]:
+        """All sites' features and labels, one below the other."""
+        first = sites[0].examples
+        features = np.zeros_like(
+            first.features, shape=(self._padding + 1, *first.features.shape[1:])
+        )
+        labels = np.zeros_like(first.labels, shape=(self._padding + 1, *first.labels.shape[1:]))
+        for site, begin in zip(sites, self._starts.tolist(), strict=False):
+            examples = site.examples
+            end = begin + len(examples.labels)
+            features[begin:end], labels[begin:end] = examples.features, examples.labels
+        device = self._device
+        return torch.from_numpy(features).to(device), torch.from_numpy(labels).to(device)
 
     def _make_sum(self) -> StackedSum:
         guarantee = self._plan.guarantee

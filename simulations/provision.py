@@ -89,7 +89,7 @@ def provision(
             files = list(known)
         write_atomic(listing, "".join(f"{file}\n" for file in files))
     roster = folder / _ROSTER
-    files = [Path(line) for line in listing.read_text(encoding="utf-8").splitlines()]
+    files = list(known) or [Path(x) for x in listing.read_text(encoding="utf-8").splitlines()]
     if study.aggregation.secure and not roster.exists():
         sites = [LocalSite(file) for file in files]
         write_roster(roster, {site.name: site.identity.public for site in sites})
@@ -223,17 +223,35 @@ def _embedded_sites(study: Study, folder: Path, *, durable: bool) -> dict[Path, 
         write_rows(partition, folder / _ROWS)
         sizes, path = {name: len(rows) for name, rows in partition.rows.items()}, f"../{_ROWS}"
     (folder / "sites").mkdir(parents=True, exist_ok=True)
-    made, policy = dict[Path, Site](), None
+    made, first = dict[Path, Site](), None
     for name, public_size in sizes.items():
         values = _site_values(name, public_size, dataset, study, path=path, durable=durable)
         file = folder / "sites" / f"{name}.toml"
         # Not flushed: a power cut costs no more than a simulation begun anew.
         file.write_text(_COMMENT + _toml(values), encoding="utf-8")
         site = Site.model_validate(values)
-        # One policy in memory for all, who have the same: most of what is known of a small site.
-        policy = policy or site.policy
-        made[file] = site.model_copy(update={"policy": policy}) if policy == site.policy else site
+        first = first or site
+        made[file] = _sharing(site, first)
     return made
+
+
+def _sharing(site: Site, other: Site) -> Site:
+    """The same; what both have in common, which is most of it, is in memory once.
+
+    That is the policy, and the sets of names that say which settings were given.
+    """
+    if site.policy != other.policy:
+        return site
+    given = {name: getattr(site, name) for name in ("site", "data", "serving")}
+    slim = {
+        name: section.model_construct(getattr(other, name).model_fields_set, **vars(section))
+        for name, section in given.items()
+    }
+    if {name: s.model_fields_set for name, s in given.items()} != {
+        name: s.model_fields_set for name, s in slim.items()
+    }:
+        return site
+    return Site.model_construct(other.model_fields_set, policy=other.policy, **slim)
 
 
 def _site_values(

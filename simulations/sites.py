@@ -90,19 +90,15 @@ class MemorySite(SimulatedSite):
     def _open_state(self) -> None:
         """Nothing is on disk."""
 
-    @cached_property
-    def _books(self) -> tuple[Identity, Ledger]:
-        return self._shared.ledgers.open(self.name)
-
-    @cached_property
+    @property
     def identity(self) -> Identity:
-        """Kept with the ledgers."""
-        return self._books[0]
+        """Kept with the ledgers, and made of its key each time: thousands need not be at once."""
+        return self._shared.ledgers.identity(self.name)
 
     @cached_property
     def ledger(self) -> Ledger:
         """In memory, with those of the other sites."""
-        return self._books[1]
+        return self._shared.ledgers.open(self.name)[1]
 
     def model(self, study: Study, parameters: Vector | None) -> tuple[Task, nn.Module]:
         """As a site's; one model serves all sites, each in its turn."""

@@ -38,13 +38,18 @@ class Journal:
         Without an `identity` nothing can be written.
         """
         self.name = "the ledger in memory" if path is None else str(path)
-        self.public = public
+        self._public = public
         self.state = State()
         self._identity = identity
         self._connection = storage.connect(path, read_only=identity is None, durable=durable)
         self._lock = threading.RLock()
         self._process = os.getpid()
         self._seq, self._hash = -1, NO_HASH
+
+    @property
+    def public(self) -> PublicIdentity:
+        """The key that signs."""
+        return self._public
 
     @property
     def head(self) -> str:

@@ -21,7 +21,7 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedward.core.errors import LedgerCorrupt, PrivacyError, RunError
-from fedward.core.identity import Identity
+from fedward.core.identity import Identity, PublicIdentity
 from fedward.privacy.ledger import storage
 from fedward.privacy.ledger.book import Ledger
 from fedward.privacy.ledger.journal import Journal
@@ -67,6 +67,16 @@ class SimulatedLedgers:
             self._journals[name] = _journal(number, key, texts[number], new=self._new_entries)
         self._count = len(known)
 
+    def identity(self, site: str) -> Identity:
+        """A site's identity; made where there is none.
+
+        Raises:
+            LedgerCorrupt: What the file holds does not make sense.
+        """
+        if site not in self._journals:
+            self.open(site)
+        return self._journals[site].identity
+
     def open(self, site: str) -> tuple[Identity, Ledger]:
         """A site's identity and ledger; both are made where there are none.
 
@@ -75,8 +85,9 @@ class SimulatedLedgers:
         """
         journal = self._journals.get(site)
         if journal is None:
-            journal = _MemoryJournal(Identity.generate_site(), self._count, self._new_entries)
-            self._new_sites.append((self._count, site, _private_bytes(journal.identity)))
+            key = _private_bytes(Identity.generate_site())
+            journal = _MemoryJournal(key, self._count, self._new_entries)
+            self._new_sites.append((self._count, site, key))
             self._journals[site] = journal
             self._count += 1
         journal.begin(site, simulated=True)
@@ -142,15 +153,18 @@ class _MemoryJournal(Journal):
     """Entries as they come; each is chained and signed once somebody asks for it.
 
     Args:
-        identity: The site's.
+        key: The site's private key. A key object of OpenSSL is a kilobyte and more, so one is made
+            each time that something is signed, and kept by nobody.
         number: The site's, in the file.
         new: Where entries that are not in the file yet are noted, for all sites together.
     """
 
-    def __init__(self, identity: Identity, number: int, new: list[tuple[int, str]]) -> None:
+    name = "the ledger of a simulated site"
+
+    def __init__(self, key: bytes, number: int, new: list[tuple[int, str]]) -> None:
         # Not the parent's: there is no file and no connection.
-        self.name = "the ledger of a simulated site"
-        self.identity, self.public = identity, identity.public
+        self._key = key
+        self._made: Identity | None = None
         self.state = State()
         self._number, self._new = number, new
         self._lock = threading.RLock()
@@ -159,9 +173,25 @@ class _MemoryJournal(Journal):
         self._seq, self._hash = -1, NO_HASH
 
     @property
+    def identity(self) -> Identity:
+        """The site's."""
+        return self._made or Identity(Ed25519PrivateKey.from_private_bytes(self._key))
+
+    @property
+    def public(self) -> PublicIdentity:
+        return self.identity.public
+
+    @property
     def head(self) -> str:
         rows = self.rows()
         return f"{self._seq}:{rows[-1].hash if rows else NO_HASH}"
+
+    def begin(self, site: str, *, simulated: bool) -> None:
+        self._made = self.identity
+        try:
+            super().begin(site, simulated=simulated)
+        finally:
+            self._made = None
 
     def shut(self) -> None:
         """Nothing is open."""
@@ -279,8 +309,7 @@ def _all_texts(database: sqlite3.Connection) -> dict[int, list[str]]:
 def _journal(
     number: int, key: bytes, texts: Sequence[str], *, new: list[tuple[int, str]]
 ) -> _MemoryJournal:
-    identity = Identity(Ed25519PrivateKey.from_private_bytes(key))
-    journal = _MemoryJournal(identity, number, new)
+    journal = _MemoryJournal(key, number, new)
     try:
         journal.take(texts)
     except (ValueError, KeyError, TypeError) as error:

@@ -60,6 +60,8 @@ def holds(rest: Leaves, asked: Leaves) -> bool:
 class State:
     """The accounts of a site, as of the last entry that was applied."""
 
+    __slots__ = ("_of_round", "_spent", "_units", "genesis", "reservations", "studies")
+
     def __init__(self) -> None:
         self.genesis: dict[str, Any] = {}
         self.studies: dict[str, StudyState] = {}
