@@ -30,7 +30,7 @@ from fedward.tasks.study_model import study_model
 from fedward.transport.payload import Payload
 
 ADMIT, TRAIN, PUBLISH = "query.admit", "train.update", "query.publish"
-_WINDOW = 1024
+_WINDOW = 256
 _MESSAGES = 256
 
 Log = Callable[..., None]
@@ -66,6 +66,8 @@ class CohortChannel:
         if kind == TRAIN and self._vectorised():
             yield from self._train(payloads)
             return
+        if round_number > self._study.study.rounds:
+            self._cohort, self._spent = None, ()  # nobody trains any more: make room
         # A few at a time: of ten thousand sites neither all messages nor all answers are at once.
         nodes = list(payloads)
         for start in range(0, len(nodes), _MESSAGES):
