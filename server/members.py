@@ -1,9 +1,7 @@
 """Admission from the coordinator's side: who takes part, under which name and key."""
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from fedward.core.canonical import canonical_json
 from fedward.core.errors import AggregationAborted, FedwardError, UpdateRejected
@@ -25,17 +23,15 @@ class Member:
         site: The site's name.
         weight: Aggregation weight: the site's public number of training patients; None under
             secure aggregation, where it travels inside the masked sum.
-        key: The site's public identity.
         simulated: Whether the site draws from a seed, so that nothing of it is private.
-        terms: What the site signed, as JSON.
+        ledger_head: Where its ledger stood; None where none is kept.
     """
 
     node_id: int
     site: str
     weight: float | None
-    key: PublicIdentity
     simulated: bool
-    terms: Mapping[str, Any]
+    ledger_head: str | None
 
 
 def admit(
@@ -74,7 +70,7 @@ def admit(
             weight=member.weight,
             simulated=member.simulated,
             # Kept, so that a ledger that is older one day shows: `fedward ledger verify --head`.
-            ledger_head=member.terms.get("ledger_head"),
+            ledger_head=member.ledger_head,
         )
     if len(members) < study.aggregation.min_sites:
         raise AggregationAborted(
@@ -103,4 +99,5 @@ def _read_admission(node_id: int, payload: Payload, study: Study) -> Member:
         raise UpdateRejected(site=f"node {node_id}", reason="its name or weight is not allowed")
     if terms.get("hash") != study.hash:
         raise UpdateRejected(site=site, reason="it admitted another study")
-    return Member(node_id, site, weight, key, bool(terms.get("simulated")), terms)
+    # The key has done its work, and thousands of members need not hold one.
+    return Member(node_id, site, weight, bool(terms.get("simulated")), terms.get("ledger_head"))

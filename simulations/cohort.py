@@ -83,11 +83,18 @@ class Cohort:
         self._plans: list[TrainingPlan] = []
         self._samplers: list[PoissonSampler] = []
         self._one_row, ends = True, [0]
+        alike: dict[tuple[TrainingPlan, int], tuple[TrainingPlan, PoissonSampler]] = {}
         for site in sites:  # which may be made as they are asked for: none is kept
             units = site.examples.units
-            self._plans.append(site.plan)
-            self._samplers.append(_sampler(site))
-            self._one_row = self._one_row and np.array_equal(units, np.arange(len(units)))
+            one_row = np.array_equal(units, np.arange(len(units)))
+            which = site.plan, len(units)
+            known = alike.get(which) if one_row else None
+            plan, sampler = known or (site.plan, _sampler(site))
+            if one_row:
+                alike[which] = plan, sampler
+            self._plans.append(plan)
+            self._samplers.append(sampler)
+            self._one_row = self._one_row and one_row
             ends.append(ends[-1] + len(units))
         self._plan = _common(self._plans)
         self._parameters = list(model.parameters())
