@@ -334,7 +334,11 @@ def _common(plans: Sequence[TrainingPlan]) -> TrainingPlan:
         guarantee = plan.guarantee
         if isinstance(guarantee, Private):
             guarantee = replace(guarantee, noise_multiplier=1.0)
-        return replace(plan, guarantee=guarantee, sample_rate=1.0, steps=1, expected_batch_size=1.0)
+        plan = replace(plan, guarantee=guarantee, sample_rate=1.0, steps=1, expected_batch_size=1.0)
+        if plan.schedule == "constant":
+            # Where in its schedule a site stands is of its own number of steps, and means nothing.
+            plan = replace(plan, schedule_steps=0, first_step=0)
+        return plan
 
     first = plans[0]
     if any(shared(plan) != shared(first) for plan in plans):

@@ -1,12 +1,14 @@
 """Partitioners: what every one keeps, and what each is for."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from studies import NO_PRIVACY, write_study
+from studies import EPSILON_4, NO_PRIVACY, write_study
+from test_simulate import model_of
 
 from fedward.client.local_site import LocalSite
 from fedward.core.errors import ConfigError
@@ -163,3 +165,26 @@ def _parameters(run: Path) -> Path:
 
     np.save(run / "model.npy", model_of(RunDirectory.open(run)))
     return run / "model.npy"
+
+
+@pytest.mark.parametrize("privacy", [NO_PRIVACY, EPSILON_4], ids=["none", "local"])
+def test_sites_of_all_sizes_that_take_as_many_steps_as_they_need_train_as_one_batch(
+    tmp_path: Path, privacy: str
+) -> None:
+    runs = []
+    for engine in ("per-site", "vectorised"):
+        extra = (
+            f'[simulation]\nengine = "{engine}"\npartition = "quantity"\n'
+            "args = { num_sites = 8, alpha = 2.0 }\n"
+        )
+        file = write_study(tmp_path / engine, privacy=privacy, rounds=2, extra=extra)
+        text = file.read_text().replace("local_steps = 1", "local_epochs = 1")
+        file.write_text(text.replace("sample_rate = 0.3", "batch_size = 5"))
+        runs.append(prepare_run(file, file.parent / "run"))
+        simulate(file, runs[-1])
+
+    alone, together = (model_of(run) for run in runs)
+    sizes = json.loads((runs[0].path / "partition.json").read_text())["sites"].values()
+    assert len({site["patients"] for site in sizes}) > 4
+    assert float(np.linalg.norm(alone)) > 0.1
+    np.testing.assert_allclose(together, alone, atol=2e-5 * float(np.linalg.norm(alone)), rtol=0)
