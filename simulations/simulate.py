@@ -104,7 +104,10 @@ def _simulate(
         )
     sites = provision(run, study, study_file=study_file, durable=durable or chosen != "in-process")
     files = sites.load()
-    run.write_json("manifest.json", manifest(study, data=data_fingerprints(files), runtime=chosen))
+    made = manifest(study, data=data_fingerprints(files), runtime=chosen)
+    # Whatever copies it, such as a release, says so too; sites of the study's own may be real.
+    simulated = any(site.site.simulated for site in files.values())
+    run.write_json("manifest.json", made | {"simulated": simulated})
     scenario = make_scenario(study, sorted(site.name for site in files.values()))
     if scenario.malicious:
         attack = study.simulation.malicious

@@ -135,6 +135,10 @@ def test_the_hospitals_as_they_are_have_a_card_and_a_picture(tmp_path: Path) -> 
     assert sizes == {"cleveland": 303, "hungary": 294, "switzerland": 123}
     assert all(sum(v["labels"].values()) == v["patients"] for v in card["sites"].values())
     assert ET.fromstring((run.path / "partition.svg").read_text()).tag.endswith("svg")
+    # All that says what it takes to repeat the run says that it was simulated.
+    assert run.read_json("manifest.json")["simulated"] is True
+    training = json.loads((run.path / "release" / "training.json").read_text())
+    assert training["manifest"]["simulated"] is True
 
 
 def test_an_epsilon_never_falls_in_the_reports_picture(tmp_path: Path) -> None:
