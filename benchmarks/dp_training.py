@@ -4,12 +4,14 @@
 
 The whole takes ten minutes and more; by families and batches it takes its parts one by one.
 
-CPU time of a step on a given batch, of an epoch end to end (each with its own loader), and peak
-memory. All take turns, in an order that rotates, and a ratio is the median over the turns of each
-turn's ratio, so that a neighbour of the machine meets both sides. All run on one thread. "fedward"
-draws its noise from the cryptographic source, on which the bars are; "fedward-simulated" from the
-seeded one, and "fedward-randn" from `torch.randn`, which protects nothing but is what Opacus does.
-Models are in `dp_models.py`.
+CPU time of a step on a given batch, of an epoch end to end, and peak memory. An epoch goes from a
+plain model to a trained one over 1,024 records or four batches, each with its own loader; what
+makes a trainer private is set up in it, as a site does in every round. All take turns, in an order
+that rotates, and a ratio is the median over the turns of each turn's ratio, so that a neighbour of
+the machine meets both sides. All run on one thread. "fedward" draws its noise from the
+cryptographic source, on which the bars are; "fedward-simulated" from the seeded one, and
+"fedward-randn" from `torch.randn`, which protects nothing but is what Opacus does. Models are in
+`dp_models.py`.
 """
 
 import argparse
@@ -23,6 +25,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,7 +43,7 @@ from fedward.privacy.mechanisms import NoiseSource, add_noise, secure_source, si
 from fedward.tasks.losses import cross_entropy
 
 CLIP_NORM, NOISE_MULTIPLIER, LEARNING_RATE, MOMENTUM = 1.0, 1.0, 0.05, 0.9
-EPOCH_STEPS = 4  # an epoch is this many expected batches
+EPOCH_RECORDS, EPOCH_STEPS = 1024, 4  # an epoch is at least this long, in expected batches
 Step = Callable[[], object]
 
 # Over plain torch, CPU time of a step, by family and batch.
@@ -115,12 +118,11 @@ def fedward_step(source: NoiseSource) -> Callable[[Family, int, ExitStack], Step
 
 
 def opacus_private(
-    family: Family, mode: str, loader: DataLoader[tuple[Tensor, ...]], *, poisson: bool
-) -> tuple[nn.Module, torch.optim.Optimizer, Callable[..., Tensor], DataLoader[tuple[Tensor, ...]]]:
+    model: nn.Module, mode: str, loader: DataLoader[tuple[Tensor, ...]], *, poisson: bool
+) -> tuple[Any, torch.optim.Optimizer, Callable[..., Tensor], DataLoader[tuple[Tensor, ...]]]:
     """Opacus as its tutorial has it."""
     from opacus import PrivacyEngine
 
-    model = (family.opacus or family.build)().train()
     criterion = nn.CrossEntropyLoss()
     made = PrivacyEngine(accountant="rdp").make_private(
         module=model,
@@ -137,13 +139,19 @@ def opacus_private(
     return made[0], made[1], criterion, made[2]
 
 
+def opacus_model(family: Family) -> nn.Module:
+    """The model, with the layers of Opacus where it has its own."""
+    return (family.opacus or family.build)().train()
+
+
 def opacus_step(mode: str) -> Callable[[Family, int, ExitStack], Step]:
     """One of Opacus' modes."""
 
     def make(family: Family, batch: int, _stack: ExitStack) -> Step:
         x, y = tensors(family, batch)
         loader = DataLoader(TensorDataset(x, y), batch_size=batch)
-        model, optimizer, criterion, _ = opacus_private(family, mode, loader, poisson=False)
+        private = opacus_private(opacus_model(family), mode, loader, poisson=False)
+        model, optimizer, criterion, _ = private
 
         def step() -> None:
             optimizer.zero_grad()
@@ -209,11 +217,16 @@ STEPS: dict[str, Callable[[Family, int, ExitStack], Step]] = {
 # ---- an epoch end to end
 
 
+def epoch_steps(batch: int) -> int:
+    """How many batches an epoch is expected to have."""
+    return max(EPOCH_STEPS, EPOCH_RECORDS // batch)
+
+
 def plain_epoch(family: Family, batch: int) -> Step:
     """Torch without privacy, with a shuffling loader."""
     model = family.build().train()
     optimizer = sgd(model)
-    data = TensorDataset(*tensors(family, batch * EPOCH_STEPS))
+    data = TensorDataset(*tensors(family, batch * epoch_steps(batch)))
     loader = DataLoader(data, batch_size=batch, shuffle=True)
 
     def epoch() -> None:
@@ -229,26 +242,28 @@ def fedward_epoch(source: NoiseSource) -> Callable[[Family, int], Step]:
     """Ours, from the model that came in to the update that goes out."""
 
     def make(family: Family, batch: int) -> Step:
-        examples, model = family.examples(batch * EPOCH_STEPS), family.build()
-        plan = plan_of(batch, steps=EPOCH_STEPS, sample_rate=1 / EPOCH_STEPS)
+        steps = epoch_steps(batch)
+        examples, model = family.examples(batch * steps), family.build()
+        plan = plan_of(batch, steps=steps, sample_rate=1 / steps)
         return lambda: train(model, cross_entropy, examples, plan=plan, noise=source)
 
     return make
 
 
 def opacus_epoch(mode: str) -> Callable[[Family, int], Step]:
-    """Opacus with its own Poisson loader."""
+    """Opacus with its own Poisson loader, and its engine made in it, as in Flower's example."""
 
     def make(family: Family, batch: int) -> Step:
-        data = TensorDataset(*tensors(family, batch * EPOCH_STEPS))
-        loader = DataLoader(data, batch_size=batch)
-        model, optimizer, criterion, private = opacus_private(family, mode, loader, poisson=True)
+        data = TensorDataset(*tensors(family, batch * epoch_steps(batch)))
+        loader, plain = DataLoader(data, batch_size=batch), opacus_model(family)
 
         def epoch() -> None:
+            model, optimizer, criterion, private = opacus_private(plain, mode, loader, poisson=True)
             for x, y in private:
                 optimizer.zero_grad()
                 criterion(model(x), y).backward()
                 optimizer.step()
+            model.to_standard_module()
 
         return epoch
 
@@ -383,7 +398,7 @@ def measure(name: str, batch: int, *, seconds: float, quick: bool) -> dict[str, 
     chosen = {
         k: v
         for k, v in EPOCHS.items()
-        if k == best or not (k.startswith("opacus") if quick else k in failed)
+        if k == best or not (k.startswith("opacus") or k in _SLOW if quick else k in failed)
     }
     epochs = Turns(build_all(chosen, family, batch)[0])
     epochs.take(seconds=seconds, at_least=turns)

@@ -116,17 +116,27 @@ def add_in_steps(
     flat: NDArray[Any], *, step: float, source: NoiseSource, out: NDArray[np.float32]
 ) -> None:
     """What `add_noise` does, to arrays of shape `(size,)`, by a `noise_step`."""
-    scale, unit = steps_per_unit(step), np.float32(step)
     memory = np.empty(min(BLOCK, flat.size), dtype=np.int32)
     with drawing(source, flat.size) as draw:
         for start in range(0, flat.size, BLOCK):
-            at = slice(start, start + BLOCK)
-            upper, lower = _halves(flat[at])
-            drawn = memory[: upper.size]
+            part = flat[start : start + BLOCK]
+            drawn = memory[: part.size]
             draw(drawn)
-            if not release(upper, lower, drawn, scale, unit, out[at]):
-                raise ValueError("a vector that is not finite cannot be released with noise")
+            release_steps(part, drawn, step, out[start : start + BLOCK])
     memory.fill(0)
+
+
+def release_steps(
+    part: NDArray[Any], drawn: NDArray[np.int32], step: float, out: NDArray[np.float32]
+) -> None:
+    """Overwrite `out` with `part`, rounded to steps, and what was drawn; shape `(size,)`.
+
+    Raises:
+        ValueError: `part` is not finite.
+    """
+    upper, lower = _halves(part)
+    if not release(upper, lower, drawn, steps_per_unit(step), np.float32(step), out):
+        raise ValueError("a vector that is not finite cannot be released with noise")
 
 
 @functools.lru_cache(maxsize=64)

@@ -92,19 +92,18 @@ def draw_normal(out: NDArray[np.int32], words: Words) -> None:
 
     Nothing of a draw is left anywhere else.
     """
-    table = bricks()
-    memory = np.empty(_words_for(min(BLOCK, out.size), table.rest), np.uint64)
+    column, share, uncovered = bricks()
+    memory = np.empty(_words_for(min(BLOCK, out.size), share), np.uint64)
     for start in range(0, out.size, BLOCK):
         drawn = out[start : start + BLOCK]
-        given = memory[: _words_for(drawn.size, table.rest)]
+        given = memory if out.size <= BLOCK else memory[: _words_for(drawn.size, share)]
         words(given)
         one_each = (drawn.size + 1) // 2
-        rest = given[one_each:]
-        lay, uncovered = given[:one_each].view(np.uint32), table.uncovered
-        place = put(lay, table.column, rest, *uncovered, drawn, -1)
+        lay, rest = given.view(np.uint32), given[one_each:]
+        place = put(lay, column, rest, *uncovered, drawn, -1)
         while place < drawn.size:
             words(rest)
-            place = put(lay, table.column, rest, *uncovered, drawn, place)
+            place = put(lay, column, rest, *uncovered, drawn, place)
     memory.fill(0)
 
 

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from fedward.privacy.mechanisms.noise import NoiseSource, add_in_steps, noise_step
+from fedward.privacy.mechanisms.noise import NoiseSource, drawing, noise_step, release_steps
+from fedward.privacy.mechanisms.sources import SimulatedSource
 
 
 def add_noise_to_rows(
@@ -29,13 +30,21 @@ def add_noise_to_rows(
         ValueError: As `add_noise`.
     """
     settings = list(zip(stds, sensitivities, strict=True))
-    # Most sites have the same ones.
-    steps = {
-        (std, sensitivity): noise_step(std, sensitivity=sensitivity, size=rows.shape[1])
-        for std, sensitivity in set(settings)
-    }
     given = np.require(rows, requirements=("C", "A", "W"))
     released = np.empty(rows.shape, np.float32)
-    for row, out, pair, source in zip(given, released, settings, sources, strict=True):
-        add_in_steps(row, step=steps[pair], source=source, out=out)
+    drawn = np.empty(rows.shape, np.int32)
+    for row, source in zip(drawn, sources, strict=True):
+        if isinstance(source, SimulatedSource):  # half of the time that a request takes
+            source.fill_steps(row)
+            continue
+        with drawing(source, row.size) as draw:
+            draw(row)
+    # Most sites have the same settings; one call for all of them costs little more than for one.
+    alike = len(set(settings)) == 1
+    for (std, sensitivity), at in (
+        [(settings[0], slice(None))] if alike else zip(settings, range(len(settings)), strict=True)
+    ):
+        step = noise_step(std, sensitivity=sensitivity, size=rows.shape[1])
+        release_steps(given[at].reshape(-1), drawn[at].reshape(-1), step, released[at].reshape(-1))
+    drawn.fill(0)
     return released

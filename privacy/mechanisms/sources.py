@@ -158,6 +158,11 @@ class SimulatedSource:
         with self._lock:
             yield partial(draw_normal, words=self._fill)
 
+    def fill_steps(self, out: NDArray[np.int32]) -> None:
+        """Overwrite `out` as one request of `drawing` would."""
+        with self._lock:
+            draw_normal(out, self._fill)
+
     def fill_uniform(self, out: NDArray[np.float64]) -> None:
         """Overwrite `out`, shape `(size,)`, contiguous, with what `uniform` would give."""
         with self._lock:
