@@ -152,14 +152,15 @@ def test_how_far_a_run_is_stands_in_its_log(tmp_path: Path) -> None:
 def test_a_sweep_that_is_stopped_leaves_no_process_and_goes_on_where_it_was(
     tmp_path: Path, how: signal.Signals
 ) -> None:
-    write_study(tmp_path, rounds=30, extra='[simulation]\nengine = "per-site"\n')
+    # So many rounds that no run is over before the signal comes.
+    write_study(tmp_path, rounds=300, extra='[simulation]\nengine = "per-site"\n')
     command = [
         *(sys.executable, "-m", "fedward.cli", "simulate", "study.toml"),
         *("--sweep", "privacy.clip_norm=0.5,1,2", "--workers", "2", "--out", "out"),
     ]
     sweep = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     until = time.monotonic() + 100
-    while not any(share_done(run) > 0.1 for run in (tmp_path / "out").glob("clip*")):
+    while not any(share_done(run) > 0.02 for run in (tmp_path / "out").glob("clip*")):
         assert sweep.poll() is None
         assert time.monotonic() < until
         time.sleep(0.05)
@@ -171,7 +172,7 @@ def test_a_sweep_that_is_stopped_leaves_no_process_and_goes_on_where_it_was(
     while any(Path(f"/proc/{child}").exists() for child in children):
         assert time.monotonic() < until
         time.sleep(0.05)
-    stopped = [run for run in (tmp_path / "out").glob("clip*") if share_done(run) > 0.1]
+    stopped = [run for run in (tmp_path / "out").glob("clip*") if share_done(run) > 0.02]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
 
     assert len(children) >= 2
@@ -186,7 +187,7 @@ def test_a_sweep_that_is_stopped_leaves_no_process_and_goes_on_where_it_was(
         rounds = [event["round"] for event in events if event["event"] == "round"]
         # None twice: it went on from its checkpoint, of which it may not have told any more.
         assert len(rounds) == len(set(rounds))
-        assert len(set(range(1, 31)) - set(rounds)) <= 1
+        assert len(set(range(1, 301)) - set(rounds)) <= 1
 
 
 def test_without_pyarrow_the_table_is_there_and_what_to_install_is_said(
