@@ -12,11 +12,17 @@ from typing import Any
 from fedward.core.errors import LedgerCorrupt
 from fedward.core.identity import Identity
 from fedward.core.site import Site, load_site
-from fedward.privacy.accounting import Unit, privacy_spent
-from fedward.privacy.accounting.events import Leaves, event_of, inside_a_site, leaves
+from fedward.privacy.accounting import Unit
+from fedward.privacy.accounting.events import Leaves, event_of, leaves
 from fedward.privacy.ledger import Entry, Ledger, Population
 from fedward.privacy.ledger.simulated import take_out
-from fedward.privacy.units import guarantees_to_json, patient_guarantees, worst_guarantees
+from fedward.privacy.ledger.state import borne
+from fedward.privacy.units import (
+    guarantees_to_json,
+    patient_guarantees,
+    patient_of_a_site,
+    worst_guarantees,
+)
 
 _POPULATIONS: tuple[Population, ...] = ("training", "held-out")
 _POINTS = 8  # of the picture: each is priced, which takes some 25 ms
@@ -97,17 +103,13 @@ def _patients(
         if entry.kind != "reserve" or (study and entry.study != study):
             continue
         if entry.population in {population, "all"}:
-            by_unit[entry.unit == "record"].update(_borne(entry))
+            by_unit[entry.unit == "record"].update(
+                borne(leaves(entry.event), entry.unit or "patient")
+            )
     found = patient_guarantees(
         event_of(by_unit[True]), delta=delta, beside=event_of(by_unit[False])
     )
     return {"patients": guarantees_to_json(found)}
-
-
-def _borne(entry: Entry) -> Leaves:
-    """What a patient bears of an entry."""
-    counted = leaves(entry.event)
-    return inside_a_site(counted) if entry.unit == "site" else counted
 
 
 def _by_study(ledger: Ledger, entries: Sequence[Entry], delta: float) -> list[dict[str, Any]]:
@@ -134,8 +136,8 @@ def _by_study(ledger: Ledger, entries: Sequence[Entry], delta: float) -> list[di
             total: Leaves = Counter()
             for entry in entries:
                 if entry.kind == "reserve" and entry.study == study:
-                    total.update(_borne(entry))
-            row["patient"] = privacy_spent(event_of(total), delta=delta, unit="patient").to_json()
+                    total.update(leaves(entry.event))
+            row["patient"] = patient_of_a_site(event_of(total), delta=delta).to_json()
     return list(studies.values())
 
 

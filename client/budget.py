@@ -19,7 +19,7 @@ from fedward.privacy.accounting import (
 )
 from fedward.privacy.accounting.events import Leaves, event_of, inside_a_site, leaves
 from fedward.privacy.ledger import Ledger, Reservation
-from fedward.privacy.units import guarantees_to_json, patient_guarantees
+from fedward.privacy.units import guarantees_to_json, patient_guarantees, patient_of_a_site
 from fedward.transport.monitor import metrics_sensitivity, monitor_round, monitor_sensitivity
 
 _EVALUATION_ROUND = 1
@@ -169,8 +169,7 @@ class Budget:
 
     def _statement_of_site(self, spent: PrivacySpent) -> dict[str, Any]:
         recorded = self._recorded(self.study.hash)
-        inside = event_of(inside_a_site(leaves(recorded)))
-        patient = privacy_spent(inside, delta=self.study.privacy.delta, unit="patient")
+        patient = patient_of_a_site(recorded, delta=self.study.privacy.delta)
         extra = {"not_covered": _ACCEPTANCE} if self.site.policy.judges else {}
         return {
             **extra,
@@ -183,7 +182,7 @@ class Budget:
             "patient": {
                 **patient.to_json(),
                 "noise_multiplier": self.plan.noise_multiplier / 2,
-                "event": event_to_json(inside),
+                "event": event_to_json(event_of(inside_a_site(leaves(recorded)))),
             },
             "ledger_head": self.ledger.head,
         }

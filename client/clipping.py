@@ -36,14 +36,8 @@ class ClipNorms:
         norms[round_number] = clip_norm
         newest = sorted(norms)[-_KEPT:]
         text = json.dumps({str(number): norms[number].hex() for number in newest})
-        if self.durable:
-            write_atomic(self.file, text, mode=0o600)
-            return
-        # A simulated site protects nobody, so it need not outlast a power cut.
         self.file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        temporary = self.file.with_suffix(".tmp")
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(self.file)
+        write_atomic(self.file, text, mode=0o600, durable=self.durable)
 
     def _read(self) -> dict[int, float]:
         try:

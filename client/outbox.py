@@ -3,7 +3,6 @@
 The same bytes tell the coordinator nothing new, so to send them again costs no budget.
 """
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -11,6 +10,7 @@ from typing import Protocol
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+from fedward.core.files import write_atomic
 from fedward.strategies.strategy import Vector
 
 
@@ -56,10 +56,8 @@ class Outbox:
 
         Not flushed to disk: a power cut may lose it, and then the round is paid for again.
         """
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.file.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_bytes(save({f"{kept.round_number}/{kept.asked}": kept.update}))
-        temporary.replace(self.file)
+        arrays = save({f"{kept.round_number}/{kept.asked}": kept.update})
+        write_atomic(self.file, arrays, durable=False)
 
     def newest(self) -> Kept | None:
         """What was kept last; None if there is nothing, or nothing whole."""

@@ -5,7 +5,6 @@ the site's eyes only, from admission to the end of the run.
 """
 
 import json
-import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -297,15 +296,9 @@ def _load(site: LocalSite, study: Study) -> dict[str, Any] | None:
 
 def _write(site: LocalSite, study: Study, value: dict[str, Any]) -> None:
     file, data = site.session_file(study), json.dumps(value)
-    if not site.simulated:
-        write_atomic(file, data, mode=0o600)
-        return
-    # A simulated site protects nobody, so it need not outlast a power cut.
     file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    temporary = file.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(data, encoding="utf-8")
-    temporary.chmod(0o600)
-    temporary.replace(file)
+    # A simulated site protects nobody, so it need not outlast a power cut.
+    write_atomic(file, data, mode=0o600, durable=not site.simulated)
 
 
 def _bytes(request: Payload, name: str) -> bytes:

@@ -6,7 +6,7 @@ import secrets
 from pathlib import Path
 
 
-def write_atomic(path: Path, data: bytes | str, *, mode: int = 0o644) -> None:
+def write_atomic(path: Path, data: bytes | str, *, mode: int = 0o644, durable: bool = True) -> None:
     """Replace `path` by `data`, durably: a reader sees the old content or the new, never a part.
 
     The bytes go to a temporary file in the same folder, are flushed to disk, and take the name
@@ -16,6 +16,7 @@ def write_atomic(path: Path, data: bytes | str, *, mode: int = 0o644) -> None:
         path: The file to write; its folder is made if it is missing.
         data: Bytes, or text to be written as UTF-8.
         mode: Permission bits of the new file; 0o600 for keys.
+        durable: Flush. Without it a power cut may take the new content, or leave an empty file.
     """
     payload = data.encode() if isinstance(data, str) else data
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -24,14 +25,16 @@ def write_atomic(path: Path, data: bytes | str, *, mode: int = 0o644) -> None:
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(payload)
-            file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         temporary.replace(path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
             temporary.unlink()
         raise
-    sync_folder(path.parent)
+    if durable:
+        sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:

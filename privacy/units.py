@@ -17,8 +17,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedward.privacy.accounting.events import DpEvent, Leaf, leaves
-from fedward.privacy.accounting.pricing import PLD_ABOVE_RDP, PrivacySpent, pld_of_zcdp
+from fedward.privacy.accounting.events import DpEvent, Leaf, event_of, inside_a_site, leaves
+from fedward.privacy.accounting.pricing import (
+    PLD_ABOVE_RDP,
+    PrivacySpent,
+    pld_of_zcdp,
+    privacy_spent,
+)
 
 RECORDS_SHOWN = (2, 5, 10)
 """What stands next to an epsilon per record: a patient's with so many records."""
@@ -67,6 +72,15 @@ def guarantees_line(guarantees: Sequence[Mapping[str, Any]]) -> str:
         f"per patient ({first['neighboring_relation']}, delta {first['delta']:g}, "
         f"{first['accountant'].upper()}): {', '.join(figures)}"
     )
+
+
+def patient_of_a_site(event: DpEvent, *, delta: float) -> PrivacySpent:
+    """What an event that protects whole sites costs a patient of one of them.
+
+    Raises:
+        ValueError: It samples sites, which this does not price.
+    """
+    return privacy_spent(event_of(inside_a_site(leaves(event))), delta=delta, unit="patient")
 
 
 def patient_line(spent: Mapping[str, Any] | None) -> str:

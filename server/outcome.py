@@ -22,9 +22,8 @@ from fedward.privacy.accounting import (
     calibrate_gaussian,
     privacy_spent,
 )
-from fedward.privacy.accounting.events import event_of, inside_a_site, leaves
 from fedward.privacy.secagg import least_threshold
-from fedward.privacy.units import RECORDS_SHOWN, patient_guarantee
+from fedward.privacy.units import RECORDS_SHOWN, patient_guarantee, patient_of_a_site
 from fedward.server.channel import Reply
 from fedward.server.execution import Execution
 from fedward.server.members import Member
@@ -363,7 +362,7 @@ def _of_records(event: DpEvent, delta: float, *, records: int) -> PrivacySpent:
 
 
 def _of_one_inside(event: DpEvent, delta: float) -> PrivacySpent:
-    return privacy_spent(event_of(inside_a_site(leaves(event))), delta=delta, unit="patient")
+    return patient_of_a_site(event, delta=delta)
 
 
 def _statement(

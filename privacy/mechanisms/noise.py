@@ -108,22 +108,15 @@ def add_noise(
     released = np.empty(flat.size, dtype=np.float32) if out is None else out.reshape(-1)
     if released.size != flat.size or not (out is None or out.flags.c_contiguous):
         raise ValueError("out is contiguous and of the vector's shape")
-    add_in_steps(flat, step=step, source=source, out=released)
-    return released.reshape(vector.shape)
-
-
-def add_in_steps(
-    flat: NDArray[Any], *, step: float, source: NoiseSource, out: NDArray[np.float32]
-) -> None:
-    """What `add_noise` does, to arrays of shape `(size,)`, by a `noise_step`."""
     memory = np.empty(min(BLOCK, flat.size), dtype=np.int32)
     with drawing(source, flat.size) as draw:
         for start in range(0, flat.size, BLOCK):
             part = flat[start : start + BLOCK]
             drawn = memory[: part.size]
             draw(drawn)
-            release_steps(part, drawn, step, out[start : start + BLOCK])
+            release_steps(part, drawn, step, released[start : start + BLOCK])
     memory.fill(0)
+    return released.reshape(vector.shape)
 
 
 def release_steps(
