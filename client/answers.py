@@ -41,7 +41,10 @@ from fedward.tasks.task import Sums
 from fedward.tasks.weights import class_weights
 from fedward.transport.payload import Payload
 
-_ANSWERED = "round {} was answered here already"
+_ANSWERED = (
+    "round {} was answered here already, with another update; go on with the run that it was of "
+    "(--resume), or give the study another name, which is paid for anew"
+)
 
 
 def admit_study(site: LocalSite, request: Payload) -> Payload:

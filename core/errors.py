@@ -19,7 +19,9 @@
 Messages say what was wrong, where, and what to do. They never hold a patient's data.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+
+_NAMED = 12
 
 
 class FedwardError(Exception):
@@ -105,7 +107,8 @@ class UpdateRejected(FedwardError):
 
     def __init__(self, *, site: str, reason: str) -> None:
         self.site, self.reason = site, reason
-        super().__init__(f"message of site {site} rejected: {reason}")
+        sender = "the coordinator" if site == "coordinator" else f"site {site}"
+        super().__init__(f"message of {sender} rejected: {reason}")
 
 
 class AggregationAborted(FedwardError):
@@ -117,7 +120,7 @@ class AggregationAborted(FedwardError):
         self.round_number, self.missing, self.threshold = round_number, tuple(missing), threshold
         why = f" ({reason})" if reason else ""
         super().__init__(
-            f"round {round_number} is void: {', '.join(missing) or 'nobody'} did not answer{why} "
+            f"round {round_number} is void: {some_of(missing) or 'nobody'} did not answer{why} "
             f"and at least {threshold} sites are needed; see the run's events.jsonl, then "
             "continue with --resume"
         )
@@ -155,3 +158,9 @@ class RegistryUnreachable(FedwardError):
     def __init__(self, *, registry: str, reason: str) -> None:
         self.registry, self.reason = registry, reason
         super().__init__(f"registry {registry}: {reason}")
+
+
+def some_of(names: Collection[str]) -> str:
+    """Names for an error, of which a thousand help nobody."""
+    more = len(names) - _NAMED
+    return ", ".join(list(names)[:_NAMED]) + (f" and {more} more" if more > 0 else "")

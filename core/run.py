@@ -91,6 +91,12 @@ class RunDirectory:
             if line.endswith("\n"):
                 yield json.loads(line)
 
+    @property
+    def log_size(self) -> int:
+        """Bytes of `events.jsonl`: it grows when something happens."""
+        file = self.path / "events.jsonl"
+        return file.stat().st_size if file.exists() else 0
+
     def last_event(self) -> str | None:
         """The kind of the newest event."""
         last = list(self.events())[-1:]

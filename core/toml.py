@@ -120,7 +120,9 @@ def _explain(error: ValidationError, kind: type[BaseModel], *, file: str, text: 
         case _:
             message = first["msg"][0].lower() + first["msg"][1:]
             problem = f"= {first['input']!r} is not allowed: {message}"
-    return ConfigError(problem, file=file, line=line, key=name_of(location) if location else None)
+    # What conflicts between sections names the keys by itself.
+    key = name_of(location) if location and not problem.startswith("[") else None
+    return ConfigError(problem, file=file, line=line, key=key)
 
 
 def _keys_beside(kind: type[BaseModel], location: tuple[str, ...]) -> list[str]:

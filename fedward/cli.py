@@ -5,9 +5,11 @@ success, 1 on a failure that it explains, 2 on bad usage. Heavy imports are made
 so that `fedward --help` stays instant.
 """
 
+import contextlib
 import gc
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -52,11 +54,18 @@ def main() -> None:
         else:
             sys.stderr.write(f"error: {error}\n")
         sys.exit(1)
-    except KeyboardInterrupt:
-        sys.stderr.write("stopped; a run goes on with --resume\n")
-        sys.exit(130)
     finally:
         gc.freeze()  # or the interpreter looks through all of it once more before it ends
+
+
+@contextlib.contextmanager
+def _said_when_stopped(how: str) -> Iterator[None]:
+    """End with 130 on Ctrl-C, as typer does, which would say nothing."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.stderr.write(f"stopped; {how}\n")
+        raise typer.Exit(130) from None
 
 
 @app.command()
@@ -132,7 +141,10 @@ def simulate(  # noqa: PLR0917 (options, which typer passes by name)
     loaded = load_study(study)
     path = resume or out or new_run_path(Path("runs"), loaded)
     run = prepare_run(study, path, resume=resume is not None)
-    with follow(run, rounds=loaded.study.rounds, quiet=json_output):
+    with (
+        _said_when_stopped(f"the run goes on with --resume {path}"),
+        follow(run, rounds=loaded.study.rounds, quiet=json_output),
+    ):
         result = run_study(study, run, runtime=runtime, durable=durable)
     write_report(run)
     if json_output:
@@ -153,12 +165,11 @@ def _sweep(
 
     points = plan_sweep(study, axes, seeds=seeds)
     at_once = workers or os.cpu_count() or 1
-    try:
-        with show_sweep(len(points), quiet=json_output) as progress:
-            result = run_sweep(study, points, out, workers=at_once, progress=progress)
-    except KeyboardInterrupt:
-        sys.stderr.write("stopped; the same command goes on with the sweep\n")
-        raise typer.Exit(130) from None
+    with (
+        _said_when_stopped("the same command goes on with the sweep"),
+        show_sweep(len(points), quiet=json_output) as progress,
+    ):
+        result = run_sweep(study, points, out, workers=at_once, progress=progress)
     if json_output:
         _emit(result)
     else:

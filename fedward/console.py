@@ -129,9 +129,7 @@ def print_sweep(result: Mapping[str, Any]) -> None:
             f"{number(row.get('seconds'), 1)} s",
             number(row["epsilon spent"], 2),
         )
-    # Whole, even if a terminal has to wrap it.
-    widest = Measurement.get(_OUT, _OUT.options.update(max_width=_WIDEST), table).maximum
-    Console(highlight=False, width=max(_OUT.width, widest)).print(table)
+    print_whole(table)
     for folder, problem in result["failed"].items():
         _OUT.print(f"failed: {folder}: {problem}", style="yellow", soft_wrap=True)
     files = " ".join(sorted(file.name for file in Path(result["folder"]).glob("sweep.*[!k]")))
@@ -142,6 +140,12 @@ def print_sweep(result: Mapping[str, Any]) -> None:
             r"every metric is in sweep.csv; for sweep.parquet: pip install 'fedward\[parquet]'",
             style="dim",
         )
+
+
+def print_whole(table: Table) -> None:
+    """Print a table whole, even if a terminal has to wrap it."""
+    widest = Measurement.get(_OUT, _OUT.options.update(max_width=_WIDEST), table).maximum
+    Console(highlight=False, width=max(_OUT.width, widest)).print(table)
 
 
 def print_result(result: Mapping[str, Any], happened: Sequence[str] = ()) -> None:
@@ -184,13 +188,14 @@ def print_result(result: Mapping[str, Any], happened: Sequence[str] = ()) -> Non
         "mean", "", number(metrics["mean"].get("auroc")), number(metrics["mean"].get("accuracy"))
     )
     _OUT.print(table)
-    _OUT.print(privacy_line(privacy))
+    _OUT.print(privacy_line(privacy), soft_wrap=True)
     secure = result.get("secure_aggregation")
     if secure is not None:
         _OUT.print(
             f"secure aggregation: {secure['seconds']:.2f} s, {secure['share_of_rounds']:.0%} of "
             f"the rounds; a site sent {secure['bytes_per_site']:,} bytes "
-            f"(plain updates: {secure['bytes_per_site_plain']:,})"
+            f"(plain updates: {secure['bytes_per_site_plain']:,})",
+            soft_wrap=True,
         )
     for line in happened:
         _OUT.print(line, soft_wrap=True)
@@ -343,7 +348,7 @@ def _show_release(value: Mapping[str, Any]) -> None:
         f"{value['where']}",
         soft_wrap=True,
     )
-    _OUT.print(privacy_line(value["privacy"]))
+    _OUT.print(privacy_line(value["privacy"]), soft_wrap=True)
     if value["drift"] is not None:
         drift = value["drift"]
         _OUT.print(

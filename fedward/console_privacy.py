@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fedward.console import number
+from fedward.console import number, print_whole
 
 _OUT = Console(highlight=False)
 _ERR = Console(stderr=True, highlight=False)
@@ -43,7 +43,7 @@ def print_ledger(value: Mapping[str, Any]) -> None:
             *([study["unit"]] if mixed else []),
             study["state"],
         )
-    _OUT.print(table)
+    print_whole(table)
     for study in value["studies"]:
         if "patient" in study:
             from fedward.privacy.units import patient_line
@@ -94,7 +94,7 @@ def _print_patients(value: Mapping[str, Any]) -> None:
     for name, study in [*rows, ("all, jointly", value["spent"])]:
         figures = [study["epsilon"], *(row["epsilon"] for row in study["patients"])]
         table.add_row(name, *(number(figure, 2) for figure in figures))
-    _OUT.print(table)
+    print_whole(table)
     by = sorted({row["accountant"].upper() for row in whole})
     _OUT.print(
         f"epsilon at delta {whole[0]['delta']:g}, per patient, "

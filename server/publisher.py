@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedward.core.arrays import write_golden
+from fedward.core.errors import ConfigError
 from fedward.core.fields import Field, ModelSignature
 from fedward.core.identity import Identity
 from fedward.core.study import Study
@@ -129,6 +130,27 @@ def publish(
         return {**files, "bom.cdx.json": _pretty(bill)}
 
     return Registry(registry).add(study.study.name, build, identity=identity)
+
+
+def refuse_unpublishable(study: Study, task: "Task") -> None:
+    """Check, before anybody spends anything, that what will be trained can be published.
+
+    Raises:
+        ConfigError: The task has no ONNX form of the study's model.
+    """
+    from fedward.tasks.study_model import published_model, study_model
+
+    model = study_model(study, task)
+    published_model(model)
+    try:
+        task.export_onnx(model.eval(), None)
+    except ValueError as error:
+        raise ConfigError(
+            f'= "{study.model.name}" could be trained and not published: {error}; choose another '
+            "model, or give the task an export_onnx that knows it",
+            file="study",
+            key="[model] name",
+        ) from error
 
 
 def golden_inputs(fields: "tuple[SchemaField, ...]", *, seed: str) -> NDArray[np.float32]:

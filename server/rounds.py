@@ -22,6 +22,7 @@ from fedward.server.execution import Execution
 from fedward.server.members import Member, admit
 from fedward.server.monitor import collect_monitor
 from fedward.server.outcome import collect_outcome, publish_outcome
+from fedward.server.publisher import refuse_unpublishable
 from fedward.server.secure import SecureRounds
 from fedward.strategies.averaging import IterateAverage
 from fedward.strategies.registry import make_strategy
@@ -117,9 +118,10 @@ def refuse_impossible(study: Study, roster: Mapping[str, object] | None) -> None
         ConfigError: Two lines are in conflict; both are named.
     """
     strategy = make_strategy(study.strategy.name, study.strategy.args)
-    schema = get_task(study.study.task).schema
-    groupings(schema, study.evaluation.subgroups)
-    class_weights(study, schema)
+    task = get_task(study.study.task)
+    groupings(task.schema, study.evaluation.subgroups)
+    class_weights(study, task.schema)
+    refuse_unpublishable(study, task)
     if study.aggregation.secure and strategy.needs == "each":
         raise ConfigError(
             f'[strategy] name = "{study.strategy.name}" must see every single update, and '

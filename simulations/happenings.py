@@ -34,6 +34,7 @@ class Happened:
         malicious: By site, its attack.
         void: Events of rounds that were void.
         crashes: Events of the coordinator's crashes.
+        not_taken: By site, why it did not take the release.
         waited: Virtual seconds that all rounds took.
         last: The last round that ended.
     """
@@ -45,6 +46,7 @@ class Happened:
     malicious: Mapping[str, str]
     void: tuple[Event, ...]
     crashes: tuple[Event, ...]
+    not_taken: Mapping[str, str]
     waited: float
     last: int
 
@@ -86,6 +88,11 @@ class Happened:
             malicious=malicious,
             void=tuple(e for e in events if e["event"] == "void"),
             crashes=tuple(e for e in events if e["event"] == "coordinator crashed"),
+            not_taken={
+                str(e["site"]): str(e["reason"])
+                for e in events
+                if e["event"] == "release not accepted"
+            },
             waited=sum(e["virtual_seconds"] for e in events if e["event"] == "waited"),
             last=max((e["round"] for e in events if e["event"] == "round"), default=0),
         )
@@ -124,6 +131,12 @@ def in_lines(happened: Happened) -> list[str]:
             + _shortened(sorted(counts))
         )
     lines += [f"coordinator: {event['reason']}" for event in happened.crashes]
+    if happened.not_taken:
+        site, why = next(iter(happened.not_taken.items()))
+        lines.append(
+            f"release not taken by {len(happened.not_taken)} of {len(happened.sites)} sites; "
+            f"{site}: {why}"
+        )
     if happened.waited:
         lines.append(f"waited: {happened.waited:.0f} virtual seconds, of which nobody waited")
     return lines

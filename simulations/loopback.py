@@ -12,11 +12,13 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import Self
+from types import FrameType, TracebackType
+from typing import Any, NoReturn, Self
 
 from fedward.core.errors import RunError
 from fedward.core.files import write_atomic
@@ -41,7 +43,7 @@ clientapp = "fedward.client.app:app"
 
 [tool.flwr.app.config]
 """
-_UP_WITHIN, _CLI_WITHIN, _RUN_WITHIN = 60.0, 60.0, 1800.0
+_UP_WITHIN, _CLI_WITHIN, _SILENT_FOR = 60.0, 60.0, 1800.0
 _LOOK_EVERY, _ASK_EVERY = 0.1, 15.0
 
 
@@ -53,9 +55,9 @@ def run_on_loopback(
     Raises:
         RunError: A process did not come up, or the run failed; names the log to look into.
     """
-    with Loopback(run.path.resolve() / "loopback", sites.sites) as deployment:
+    with _ended_in_order(), Loopback(run.path.resolve() / "loopback", sites.sites) as deployment:
         deployment.submit(config)
-        until = time.monotonic() + _RUN_WITHIN
+        seen, until = 0, time.monotonic() + _SILENT_FOR
         ask_at = time.monotonic() + _ASK_EVERY
         while time.monotonic() < until:
             last = run.last_event()
@@ -64,13 +66,43 @@ def run_on_loopback(
             if last == "finished":
                 return
             deployment.check()
+            if (size := run.log_size) != seen:
+                seen, until = size, time.monotonic() + _SILENT_FOR
             if time.monotonic() > ask_at:
                 ask_at = time.monotonic() + _ASK_EVERY
                 if deployment.ended() and run.last_event() != "finished":
                     logs = deployment.folder / "logs"
                     raise RunError(f"Flower ended the run without a result; see {logs}")
             time.sleep(_LOOK_EVERY)
-        raise RunError(f"the run did not end within {_RUN_WITHIN:.0f} s; see {deployment.folder}")
+        raise RunError(
+            f"nothing happened in the run for {_SILENT_FOR:.0f} s; see {deployment.folder}, then "
+            "go on with --resume"
+        )
+
+
+@contextmanager
+def _ended_in_order() -> Iterator[None]:
+    """Let who is told to end (`kill`, a closed terminal) stop what it started, too.
+
+    The processes are sessions of their own: nobody else would tell them.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # which alone may say what a signal does
+        return
+    told = (signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in told}
+    for number, handler in before.items():
+        if handler is signal.SIG_DFL:  # not with nohup
+            signal.signal(number, _end)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _end(number: int, _frame: FrameType | None) -> NoReturn:
+    raise SystemExit(128 + number)
 
 
 class Loopback:
@@ -115,12 +147,13 @@ class Loopback:
         lines = "".join(f"{key} = {json.dumps(value)}\n" for key, value in config.items())
         write_atomic(bundle / "pyproject.toml", _BUNDLE + lines)
         write_atomic(bundle / "README.md", "Settings of a Fedward run; no code.\n")
-        answer = self._flwr("run", str(bundle), "loopback", "--format", "json")
+        answer = self._flwr("run", str(bundle), "loopback", "--format", "json", gives="run-id")
         self._run_id = str(answer["run-id"])
 
     def ended(self) -> bool:
         """Whether Flower counts the run as finished."""
-        answer = self._flwr("ls", "loopback", "--run-id", self._run_id, "--format", "json")
+        asked = ("ls", "loopback", "--run-id", self._run_id, "--format", "json")
+        answer = self._flwr(*asked, gives="runs")
         return str(answer["runs"][0]["status"]).startswith("finished")
 
     def check(self) -> None:
@@ -233,7 +266,7 @@ class Loopback:
                 start_new_session=True,
             )
 
-    def _flwr(self, *arguments: str) -> dict[str, list[dict[str, str]]]:
+    def _flwr(self, *arguments: str, gives: str | None = None) -> dict[str, Any]:
         done = subprocess.run(  # noqa: S603 (a program of our own environment)
             [str(Path(sys.executable).parent / "flwr"), *arguments],
             capture_output=True,
@@ -244,10 +277,12 @@ class Loopback:
         )
         start = done.stdout.find("{")
         try:
-            answer: dict[str, list[dict[str, str]]] = json.loads(done.stdout[start:])
+            answer: dict[str, Any] = json.loads(done.stdout[start:])
         except ValueError:
             answer = {}
-        if done.returncode or not answer:
+        # It may end with 0 and say in its answer that it failed.
+        if done.returncode or not answer or gives not in {None, *answer}:
+            self.check()  # a process that died says more
             said = (done.stderr or done.stdout).strip()[-500:]
             raise RunError(f"flwr {' '.join(arguments[:2])} failed: {said}")
         return answer

@@ -8,7 +8,7 @@ from typing import Any
 
 from fedward.client.local_site import LocalSite
 from fedward.core.canonical import digest
-from fedward.core.errors import ConfigError
+from fedward.core.errors import ConfigError, some_of
 from fedward.core.files import write_atomic
 from fedward.core.identity import Identity
 from fedward.core.roster import write_roster
@@ -31,7 +31,6 @@ PUBLISHER = Path("keys") / "publisher.pem"
 LEDGERS = "ledgers.sqlite"
 _COMMENT = "# A simulated site: it draws from the study's seed, and nothing of it is private.\n"
 _LISTING, _ROSTER, _ROWS = "sites.txt", "roster.toml", "partition.safetensors"
-_NAMED = 12  # sites in an error
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,18 +165,12 @@ def _present(study: Study, names: Collection[str]) -> list[str]:
     """The names of sites that are not left out."""
     out = study.simulation.leave_out
     unknown = sorted(set(out) - set(names))
-    problem = f"names no site {', '.join(unknown)}; sites: {_some(names)}" if unknown else ""
+    problem = f"names no site {', '.join(unknown)}; sites: {some_of(names)}" if unknown else ""
     if set(names) == set(out):
         problem = "leaves out every site"
     if problem:
         raise ConfigError(problem, file="study", key="[simulation] leave_out")
     return [name for name in names if name not in out]
-
-
-def _some(names: Collection[str]) -> str:
-    """Names for an error, of which a thousand help nobody."""
-    more = len(names) - _NAMED
-    return ", ".join(list(names)[:_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 def spread(study: Study) -> tuple[Partition, Table]:

@@ -12,14 +12,13 @@ from functools import lru_cache
 import numpy as np
 
 from fedward.core.canonical import digest
-from fedward.core.errors import ConfigError
+from fedward.core.errors import ConfigError, some_of
 from fedward.core.simulated import Dropout, Malicious, SimulationSection, Stragglers
 from fedward.core.study import Study
 from fedward.strategies.strategy import Vector
 from fedward.tasks.task import Examples
 
 _CHAIN = 256
-_NAMED = 12  # sites in an error
 
 
 @dataclass(frozen=True)
@@ -131,8 +130,7 @@ def make_scenario(study: Study, sites: Sequence[str]) -> Scenario:
         chosen = list(attack.sites)
         unknown = sorted(set(chosen) - set(sites))
         if unknown:
-            known = ", ".join(sites[:_NAMED]) + (", …" if len(sites) > _NAMED else "")
-            raise _wrong(f"names no site {', '.join(unknown)}; sites: {known}")
+            raise _wrong(f"names no site {some_of(unknown)}; sites: {some_of(sites)}")
         if len(set(chosen)) == len(sites):
             raise _wrong("leaves no honest site")
     return Scenario(study.study.seed, study.simulation, frozenset(chosen))

@@ -231,7 +231,7 @@ def _layers(graph: _Graph, model: "nn.Module", preparation: Preparation) -> str:
             case _:
                 kind = type(layer).__name__
                 raise ValueError(
-                    f"cannot export a {kind}; a Sequential of Linear and ReLU is needed"
+                    f"no ONNX form of {kind} is known here, only of a Sequential of Linear and ReLU"
                 )
     if width != 1:
         raise ValueError(f"a binary model has one output, this one has {width}")

@@ -159,6 +159,8 @@ class Task(Protocol):
 
         Input `input`, float32, shape `(N, number of features of the schema)`, in the schema's
         order and coding, NaN = missing. Output `probability`, float32, shape `(N, 1)`.
+
+        Raises `ValueError` for a model that it cannot write, before anything is trained.
         """
         ...
 

@@ -51,3 +51,13 @@ def write_study(
     file = folder / "study.toml"
     file.write_text(STUDY.format(privacy=privacy, rounds=rounds, seed=seed) + extra)
     return file
+
+
+def change(file: Path, *pairs: tuple[str, str]) -> Path:
+    """Replace, in a file, each text that has to be there by another; gives the file."""
+    text = file.read_text()
+    for old, new in pairs:
+        assert old in text
+        text = text.replace(old, new)
+    file.write_text(text)
+    return file

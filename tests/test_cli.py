@@ -2,8 +2,10 @@
 
 import json
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -57,6 +59,23 @@ def test_simulate_prints_one_object_that_is_also_on_disk(finished: Path) -> None
     assert set(answer["metrics"]) == {"pooled", "mean", "worst", "sites"}
     assert answer["privacy"]["sites"]["va"]["epsilon"] <= 4.0
     assert answer["privacy"]["neighboring_relation"] == "add-or-remove-one"
+
+
+def test_a_run_that_is_stopped_says_how_it_goes_on(tmp_path: Path) -> None:
+    write_study(tmp_path, rounds=5000)
+    command = [sys.executable, "-m", "fedward.cli", "simulate", "study.toml", "--out", "run"]
+    run = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    until = time.monotonic() + 60
+    while not list((tmp_path / "run" / "checkpoints").glob("*")):
+        assert run.poll() is None
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+    run.send_signal(signal.SIGINT)
+    _, said = run.communicate(timeout=60)
+
+    assert run.returncode == 130
+    assert said == "stopped; the run goes on with --resume run\n"
 
 
 def test_a_run_directory_is_self_contained(finished: Path) -> None:

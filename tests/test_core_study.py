@@ -95,6 +95,13 @@ def test_a_study_survives_its_own_json() -> None:
     assert again.hash == study.hash
 
 
+def test_a_conflict_between_sections_names_each_key_once() -> None:
+    attack = '[simulation]\nmalicious = { attack = "ipm" }\n'
+
+    with pytest.raises(ConfigError, match=r'study:20: \[simulation\] malicious attack = "ipm" is'):
+        parse_study(STUDY + attack)
+
+
 @given(st.text())
 def test_no_text_gets_past_the_reader_but_a_study(text: str) -> None:
     with pytest.raises(ConfigError):

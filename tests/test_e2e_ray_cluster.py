@@ -1,7 +1,6 @@
 """A study on a Ray cluster that somebody else started, and what is said where there is none."""
 
 import contextlib
-import gc
 import os
 import shutil
 import signal
@@ -10,7 +9,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +19,8 @@ from test_simulate import model_of
 
 from fedward.core.errors import ConfigError, RunError
 from fedward.simulations.simulate import prepare_run, simulate
+
+pytestmark = pytest.mark.usefixtures("swept")
 
 SCENARIO = """
 [simulation]
@@ -42,15 +42,6 @@ def free_port() -> int:
 def study(folder: Path, resources: str) -> Path:
     extra = f"{SCENARIO}[simulation.resources]\n{resources}\n"
     return write_study(folder, privacy=EPSILON_4, rounds=2, extra=extra)
-
-
-@pytest.fixture(autouse=True)
-def swept() -> Iterator[None]:
-    """Ray leaves open files to the collector; what it finds in a later test is an error there."""
-    yield
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ResourceWarning)
-        gc.collect()
 
 
 @pytest.fixture

@@ -3,9 +3,6 @@
 Once without privacy, once with noise shared out under secure aggregation.
 """
 
-import gc
-import warnings
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,16 +17,9 @@ from fedward.client.local_site import LocalSite
 from fedward.core.run import RunDirectory
 from fedward.simulations.simulate import prepare_run, simulate
 
+pytestmark = pytest.mark.usefixtures("swept")
+
 ROUNDS = 2
-
-
-@pytest.fixture(autouse=True)
-def swept() -> Iterator[None]:
-    """Ray leaves open files to the collector; what it finds in a later test is an error there."""
-    yield
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ResourceWarning)
-        gc.collect()
 
 
 @pytest.fixture(scope="module")

@@ -180,6 +180,15 @@ def test_a_round_below_the_threshold_is_void_and_the_run_can_go_on(tmp_path: Pat
     assert [e["round"] for e in run.events() if e["event"] == "round"] == [1, 2, 3]
 
 
+def test_of_a_thousand_missing_sites_some_are_named() -> None:
+    missing = [f"site-{number:04}" for number in range(1000)]
+
+    error = AggregationAborted(round_number=2, missing=missing, threshold=3)
+
+    assert "site-0010, site-0011 and 988 more did not answer" in str(error)
+    assert error.missing == tuple(missing)
+
+
 def _fails_in_round(number: int) -> Callable[[str, dict[str, Any]], None]:
     def bend(_kind: str, record: dict[str, Any]) -> None:
         if record.get("round") == number:
@@ -291,6 +300,20 @@ def test_a_study_that_cannot_be_run_sends_nothing(tmp_path: Path) -> None:
         go(Wire(site, ASite("b", 1.0)), study, run)
 
     assert list(run.events()) == []
+
+
+def test_a_model_that_cannot_be_published_is_refused_before_it_is_trained(tmp_path: Path) -> None:
+    named = {"task": "convolution_task:CONVOLUTIONAL"}
+    study = study_of(1)
+    study = study.model_copy(update={"study": study.study.model_copy(update=named)})
+    run = run_of(tmp_path / "run", study)
+    sites = ASite("a", 1.0), ASite("b", 1.0)
+
+    with pytest.raises(ConfigError, match=r"\[model\] name .* and not published: no ONNX form of"):
+        go(Wire(*sites), study, run)
+
+    assert list(run.events()) == []
+    assert [site.trained for site in sites] == [0, 0]
 
 
 def test_a_founded_registry_is_refreshed_for_those_who_follow_it(tmp_path: Path) -> None:

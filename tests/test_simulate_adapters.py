@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from pretrained_task import HIDDEN, public_trunk
 from safetensors.numpy import load_file
-from studies import EPSILON_4, NO_PRIVACY, write_study
+from studies import EPSILON_4, NO_PRIVACY, change, write_study
 from test_simulate_clipping import HASH_BEFORE
 from torch import nn
 
@@ -46,19 +46,14 @@ def partly(
     more = (TEN if many else ENGINE).format(
         engine=engine or "per-site", partition="dirichlet" if many else "natural"
     )
-    file = write_study(folder, privacy=privacy, rounds=ROUNDS, extra=more)
-    text = file.read_text()
-    for old, new in (
+    return change(
+        write_study(folder, privacy=privacy, rounds=ROUNDS, extra=more),
         ('task = "heart-disease"', f'task = "{TASK}"'),
         ('name = "logistic"', f'name = "mlp"\nargs = {{ hidden = {HIDDEN} }}'),
         ("learning_rate = 1.0", f"learning_rate = {RATE}\n{training}"),
         ("sample_rate = 0.3", "sample_rate = 1.0"),
         ("average_last = 0.5", "average_last = 0.0"),
-    ):
-        assert old in text
-        text = text.replace(old, new)
-    file.write_text(text)
-    return file
+    )
 
 
 def run_of(file: Path) -> tuple[RunDirectory, dict[str, Any]]:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
-from studies import EPSILON_4, NO_PRIVACY, write_study
+from studies import EPSILON_4, NO_PRIVACY, change, write_study
 from torch import nn
 
 from fedward.client.clipping import ClipNorms
@@ -34,17 +34,12 @@ ADAPTIVE = EPSILON_4.replace("clip_norm = 1.0", f"clip_norm = {START}") + '\ncli
 
 
 def adaptive_study(folder: Path, *, privacy: str = ADAPTIVE, extra: str = "") -> Path:
-    file = write_study(folder, privacy=privacy, rounds=ROUNDS, extra=extra)
-    text = file.read_text()
-    for old, new in (
+    return change(
+        write_study(folder, privacy=privacy, rounds=ROUNDS, extra=extra),
         ("learning_rate = 1.0", f"learning_rate = {RATE}"),
         ("local_steps = 1", f"local_steps = {STEPS}"),
         ("sample_rate = 0.3", "sample_rate = 1.0"),
-    ):
-        assert old in text
-        text = text.replace(old, new)
-    file.write_text(text)
-    return file
+    )
 
 
 def opened(run: RunDirectory) -> tuple[Study, list[LocalSite]]:

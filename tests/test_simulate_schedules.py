@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
-from studies import EPSILON_4, NO_PRIVACY, write_study
+from studies import EPSILON_4, NO_PRIVACY, change, write_study
 from torch import nn
 
 from fedward.client.local_site import LocalSite
@@ -26,17 +26,12 @@ ROUNDS, STEPS, RATE = 4, 3, 0.8
 def study_file(
     folder: Path, *, schedule: str, averaging: str, privacy: str = NO_PRIVACY, extra: str = ""
 ) -> Path:
-    file = write_study(folder, privacy=privacy, rounds=ROUNDS, extra=extra)
-    text = file.read_text()
-    for old, new in (
+    return change(
+        write_study(folder, privacy=privacy, rounds=ROUNDS, extra=extra),
         ("learning_rate = 1.0", f'learning_rate = {RATE}\nmomentum = 0.5\nschedule = "{schedule}"'),
         ("local_steps = 1", f'local_steps = {STEPS}\naveraging = "{averaging}"'),
         ("sample_rate = 0.3", "sample_rate = 1.0"),
-    ):
-        assert old in text
-        text = text.replace(old, new)
-    file.write_text(text)
-    return file
+    )
 
 
 def by_hand(study: Study, sites: list[LocalSite], *, schedule: str, averaging: str) -> Vector:

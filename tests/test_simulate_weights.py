@@ -9,7 +9,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
-from studies import EPSILON_4, NO_PRIVACY, write_study
+from studies import EPSILON_4, NO_PRIVACY, change, write_study
 from test_simulate_clipping import HASH_BEFORE
 
 from fedward.client.local_site import LocalSite
@@ -39,16 +39,11 @@ num_sites = 10
 def weighted_study(
     folder: Path, weights: str, *, privacy: str = NO_PRIVACY, extra: str = ""
 ) -> Path:
-    file = write_study(folder, privacy=privacy, rounds=ROUNDS, extra=extra)
-    text = file.read_text()
-    for old, new in (
+    return change(
+        write_study(folder, privacy=privacy, rounds=ROUNDS, extra=extra),
         ("learning_rate = 1.0", f"learning_rate = {RATE}\n{weights}"),
         ("sample_rate = 0.3", "sample_rate = 1.0"),
-    ):
-        assert old in text
-        text = text.replace(old, new)
-    file.write_text(text)
-    return file
+    )
 
 
 def by_hand(study: Study, sites: list[LocalSite], weights: tuple[float, float]) -> Vector:

@@ -72,6 +72,15 @@ def test_the_terminal_is_told_in_a_line_a_kind(log: Events) -> None:
     assert in_lines(Happened.of(log[1:4])) == []
 
 
+def test_the_terminal_is_told_who_did_not_take_the_release(log: Events) -> None:
+    refused = [event("release not accepted", site=site, reason=f"{site} says no") for site in "ac"]
+
+    assert in_lines(Happened.of([*log, *refused]))[-2:] == [
+        "release not taken by 2 of 3 sites; a: a says no",
+        "waited: 33 virtual seconds, of which nobody waited",
+    ]
+
+
 def test_the_picture_has_a_cell_for_each_site_and_round(log: Events) -> None:
     page = in_html(Happened.of(log))
 
