@@ -9,6 +9,7 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.measure import Measurement
 from rich.padding import Padding
 from rich.panel import Panel
@@ -17,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedward.core.run import RunDirectory
+from fedward.simulations.happenings import who
 
 _OUT = Console(highlight=False)
 _ERR = Console(stderr=True, highlight=False)
@@ -131,15 +133,20 @@ def print_sweep(result: Mapping[str, Any]) -> None:
         )
     print_whole(table)
     for folder, problem in result["failed"].items():
-        _OUT.print(f"failed: {folder}: {problem}", style="yellow", soft_wrap=True)
+        _say(f"failed: {folder}: {problem}", style="yellow")
     files = " ".join(sorted(file.name for file in Path(result["folder"]).glob("sweep.*[!k]")))
-    _OUT.print(f"{len(result['runs'])} runs in {result['folder']}: {files}", soft_wrap=True)
-    _OUT.print(f"not private: {result['reason']}", style="yellow", soft_wrap=True)
+    _say(f"{len(result['runs'])} runs in {result['folder']}: {files}")
+    _say(f"not private: {result['reason']}", style="yellow")
     if result["parquet"] is None:
-        _OUT.print(
-            r"every metric is in sweep.csv; for sweep.parquet: pip install 'fedward\[parquet]'",
+        _say(
+            "every metric is in sweep.csv; for sweep.parquet: pip install 'fedward[parquet]'",
             style="dim",
         )
+
+
+def _say(line: str, *, style: str | None = None) -> None:
+    """Print words as they are: what is in brackets is a table of a file, and no colour."""
+    _OUT.print(line, style=style, markup=False, soft_wrap=True)
 
 
 def print_whole(table: Table) -> None:
@@ -198,14 +205,14 @@ def print_result(result: Mapping[str, Any], happened: Sequence[str] = ()) -> Non
             soft_wrap=True,
         )
     for line in happened:
-        _OUT.print(line, soft_wrap=True)
-    _OUT.print(f"{result['rounds']} rounds in {result['seconds']:.1f} s", soft_wrap=True)
+        _say(line)
+    _say(f"{result['rounds']} rounds in {result['seconds']:.1f} s")
     for name, where in (
         ("run", result["run"]),
         ("report", f"{result['run']}/report.html"),
         ("release", result["release"]),
     ):
-        _OUT.print(f"{name:<8} {where}", soft_wrap=True)
+        _say(f"{name:<8} {where}")
 
 
 def privacy_line(privacy: Mapping[str, Any]) -> str:
@@ -226,9 +233,9 @@ def privacy_line(privacy: Mapping[str, Any]) -> str:
 
         line += f"\n{patient_line(privacy['patient'])}"
     notes = {site["note"] for site in privacy["sites"].values() if site.get("note")}
-    line += "".join(f"\n[yellow]{note}[/yellow]" for note in sorted(notes))
+    line += "".join(f"\n[yellow]{escape(note)}[/yellow]" for note in sorted(notes))
     if not privacy["private"]:
-        line += f"\n[yellow]not private: {privacy['reason']}[/yellow]"
+        line += f"\n[yellow]not private: {escape(privacy['reason'])}[/yellow]"
     return line
 
 
@@ -241,15 +248,11 @@ def print_status(value: Mapping[str, Any]) -> None:
     """How far a run is."""
     _OUT.print(f"{value['study']}: {value['state']}, round {value['round']} of {value['rounds']}")
     for line in value["happened"]:
-        _OUT.print(f"  {line}", soft_wrap=True)
+        _say(f"  {line}")
     for trouble in value["troubles"][-_TROUBLES_SHOWN:]:
-        where = trouble.get("site") or trouble.get("node") or "run"
+        where = who(trouble) or "run"
         when = f", round {trouble['round']}" if "round" in trouble else ""
-        _OUT.print(
-            f"  {trouble['event']}: {where}{when}: {trouble['reason']}",
-            style="yellow",
-            soft_wrap=True,
-        )
+        _say(f"  {trouble['event']}: {where}{when}: {trouble['reason']}", style="yellow")
     if len(value["troubles"]) > _TROUBLES_SHOWN:
         _OUT.print(f"  all {len(value['troubles'])} are in events.jsonl", style="dim")
 
@@ -374,8 +377,8 @@ def _show_answer(value: Mapping[str, Any]) -> None:
 
 def _show_end(value: Mapping[str, Any]) -> None:
     _OUT.print()
-    _OUT.print(f"report  {value['report']}", soft_wrap=True)
-    _OUT.print(f"ledger  fedward ledger show {value['site']}", soft_wrap=True)
+    _say(f"report  {value['report']}")
+    _say(f"ledger  fedward ledger show {value['site']}")
     _OUT.print(f"done in {value['seconds']:.0f} s")
 
 

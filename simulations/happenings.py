@@ -110,6 +110,13 @@ class Happened:
         return bool(self.rounds or self.void or self.crashes or self.waited)
 
 
+def who(event: Event) -> str:
+    """Whom an event is about: a site or, before it has said its name, a node; or nobody."""
+    if event.get("site"):
+        return str(event["site"])
+    return f"node {event['node']}" if "node" in event else ""
+
+
 def in_lines(happened: Happened) -> list[str]:
     """A line for each kind of thing that happened, for a terminal."""
     lines = []
@@ -118,12 +125,12 @@ def in_lines(happened: Happened) -> list[str]:
         if not sites:
             continue
         times, most = sum(sites.values()), max(sites, key=lambda site: sites[site])
-        who = f"{len(sites)} sites, {most} most often ({sites[most]} rounds)"
+        whose = f"{len(sites)} sites, {most} most often ({sites[most]} rounds)"
         if kind == "attacked" or len(sites) == 1:
-            who = ", ".join(sorted(sites)[:_ROUNDS_SHOWN])
+            whose = ", ".join(sorted(sites)[:_ROUNDS_SHOWN])
         attacks = ", ".join(sorted(set(happened.malicious.values()))) if kind == "attacked" else ""
         said = f"{attacks} attack" if attacks else _SAID[kind]
-        lines.append(f"{said}: {times} times, {who}")
+        lines.append(f"{said}: {times} times, {whose}")
     if happened.void:
         counts = Counter(event["round"] for event in happened.void)
         lines.append(

@@ -11,7 +11,7 @@ from fedward.core.run import RunDirectory
 from fedward.core.study import load_study
 from fedward.privacy.accounting import dp_sgd_event, privacy_spent
 from fedward.simulations import pictures
-from fedward.simulations.happenings import Happened, in_html
+from fedward.simulations.happenings import Happened, in_html, who
 
 _TROUBLES_SHOWN = 200
 _MANY_SITES = 24
@@ -367,7 +367,7 @@ def _troubles(events: Sequence[Mapping[str, Any]], happened: Happened) -> str:
         return ""
     items = "".join(
         f"<tr><td>{_e(event['event'])}</td><td>{_e(str(event.get('round', '')))}</td>"
-        f"<td>{_e(str(event.get('site') or event.get('node') or ''))}</td>"
+        f"<td>{_e(who(event))}</td>"
         f'<td style="text-align:left;white-space:normal">{_e(str(event["reason"]))}</td></tr>'
         for event in troubles[:_TROUBLES_SHOWN]
     )

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from studies import CSV_SITE, write_study
 
+from fedward.console import print_status
+
 ROW = {
     "pid": "p1",
     "age": "63",
@@ -76,6 +78,17 @@ def test_a_run_that_is_stopped_says_how_it_goes_on(tmp_path: Path) -> None:
 
     assert run.returncode == 130
     assert said == "stopped; the run goes on with --resume run\n"
+
+
+def test_what_is_said_of_a_refusal_keeps_its_brackets(capsys: pytest.CaptureFixture[str]) -> None:
+    trouble = {"event": "refused", "node": "2", "reason": "raise [policy] max_epsilon"}
+    status = {"study": "s", "state": "aborted", "round": 0, "rounds": 4, "troubles": [trouble]}
+
+    print_status({**status, "happened": ["release not taken; a: refuses by [serving] publisher"]})
+
+    said = capsys.readouterr().out
+    assert "  refused: node 2: raise [policy] max_epsilon\n" in said
+    assert "  release not taken; a: refuses by [serving] publisher\n" in said
 
 
 def test_a_run_directory_is_self_contained(finished: Path) -> None:
