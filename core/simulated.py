@@ -3,9 +3,10 @@
 Ignored outside simulation: no part of what a site agrees to.
 """
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from fedward.core.toml import Section
 
@@ -15,6 +16,7 @@ Args = dict[str, Scalar]
 _COLLUDING = frozenset({"alie", "ipm", "min-max"})
 _SCALED = frozenset({"sign-flip", "ipm", "backdoor"})
 _MARKS = frozenset({"share", "feature", "value"})
+_ADDRESS = re.compile(r"(ray://)?(\[[0-9A-Fa-f:]+\]|[A-Za-z0-9._-]+):[0-9]{1,5}")
 _FROM_FILES = ("partition", "args", "dataset", "held_out")
 
 
@@ -109,12 +111,26 @@ class Malicious(Section):
 
 
 class Resources(Section):
-    """What Ray gives a site, and where Ray is; by default on this machine."""
+    """What Ray gives a site, and where Ray is; by default on this machine.
+
+    `address` is host:port of a cluster's head, ray://host:port of its Ray Client server, or auto
+    for the cluster that this machine is part of.
+    """
 
     cpus: float = Field(default=1.0, gt=0)
     gpus: float = Field(default=0.0, ge=0)
     address: str | None = None
     retries: int = Field(default=2, ge=0)
+
+    @field_validator("address")
+    @classmethod
+    def _can_be_somewhere(cls, address: str | None) -> str | None:
+        if address not in {None, "auto"} and not _ADDRESS.fullmatch(str(address)):
+            raise ValueError(
+                f'= "{address}" is not where a Ray cluster is: write host:port, ray://host:port or '
+                "auto, or remove it to use this machine"
+            )
+        return address
 
 
 class SimulationSection(Section):

@@ -50,13 +50,13 @@ def run_on_ray(
         ConfigError: A site is to have more than Ray has.
         RunError: Ray is not installed or not there, or the run failed; says why.
     """
-    try:
-        import ray
-    except ImportError as error:
-        raise RunError("runtime ray needs Ray; install fedward[ray]") from error
     resources = study.simulation.resources
     cpus = int(resources.cpus) if resources.cpus.is_integer() else resources.cpus
-    _start(ray, resources, sites)
+    try:
+        ray = _start(resources, sites)
+    except RunError:
+        run.discard()  # whoever corrects an address can use the folder again
+        raise
     from flwr.simulation import run_simulation
 
     # Whatever goes wrong is said in one line, below.
@@ -97,11 +97,15 @@ def run_on_ray(
         raise RunError(reason)
 
 
-def _start(ray: Any, resources: Resources, sites: Provisioned) -> None:
-    """Start Ray on this machine, or connect to the cluster that the study names.
+def _start(resources: Resources, sites: Provisioned) -> Any:
+    """Start Ray on this machine, or connect to the cluster that the study names; gives Ray.
 
     Flower would do it, and would have no place for the environment of a cluster's workers.
     """
+    try:
+        import ray
+    except ImportError as error:
+        raise RunError("runtime ray needs Ray; pip install 'fedward[ray]'") from error
     environment = {
         **_QUIET,
         SIMULATED_SITES: str(sites.listing),
@@ -121,7 +125,7 @@ def _start(ray: Any, resources: Resources, sites: Provisioned) -> None:
                 runtime_env={"env_vars": environment},
             )
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise RunError(f"Ray does not start: {_first(error)}") from error
+        raise RunError(why_not(resources.address, error)) from error
     there = ray.cluster_resources()
     for name, asked in (("CPU", resources.cpus), ("GPU", resources.gpus)):
         if asked > there.get(name, 0):
@@ -131,13 +135,14 @@ def _start(ray: Any, resources: Resources, sites: Provisioned) -> None:
                 file="study",
                 key=f"[simulation.resources] {name.lower()}s",
             )
+    return ray
 
 
 def _knock(address: str) -> None:
     """See whether anybody listens: Ray itself would wait for minutes."""
     host, separator, port = address.removeprefix("ray://").rpartition(":")
-    if not separator or not port.isdigit():
-        return
+    if not separator:
+        return  # Ray looks for the cluster by itself
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWERS_WITHIN).close()
     except OSError as error:
@@ -145,6 +150,19 @@ def _knock(address: str) -> None:
             f"no Ray cluster answers at {address}: {error}; start one with `ray start --head`, "
             "or remove [simulation.resources] address to use this machine"
         ) from error
+
+
+def why_not(address: str | None, error: Exception) -> str:
+    """Why Ray is not to be had, in one line."""
+    # Of a traceback that Ray puts into its message, the last line says it.
+    said = [line.strip() for line in _first(error).splitlines() if line.strip()]
+    why = said[0] if len(said) == 1 else f"{said[0]} … {said[-1]}"
+    if address in {None, "auto"}:
+        return f"Ray does not start: {why}"
+    return (
+        f"Ray cannot be used at {address}: {why}; an address is host:port of a cluster's head, or "
+        "ray://host:port of its Ray Client server, which is another port"
+    )
 
 
 def _first(error: BaseException) -> str:

@@ -70,6 +70,19 @@ def test_a_repeated_round_is_refused_where_the_sites_limit_is_reached(tmp_path: 
     assert budget.ledger.head == before
 
 
+def test_a_study_of_which_a_round_was_repeated_is_admitted_again(tmp_path: Path) -> None:
+    budget = budget_of(tmp_path, max_epsilon=8.0)
+    budget.reserve_round(1)
+    run_round(budget, 1)
+    before = budget.ledger.head
+
+    budget.allot()  # as after every restart of the coordinator
+
+    assert budget.ledger.head == before
+    for number in range(2, ROUNDS + 1):
+        run_round(budget, number)
+
+
 def test_a_round_beyond_the_study_is_refused(tmp_path: Path) -> None:
     budget = budget_of(tmp_path, max_epsilon=8.0)
     for number in range(1, ROUNDS + 1):

@@ -18,6 +18,8 @@ from studies import EPSILON_4, write_study
 from test_simulate import model_of
 
 from fedward.core.errors import ConfigError, RunError
+from fedward.core.study import load_study
+from fedward.simulations.ray import why_not
 from fedward.simulations.simulate import prepare_run, simulate
 
 pytestmark = pytest.mark.usefixtures("swept")
@@ -123,3 +125,26 @@ def test_an_address_at_which_nobody_is_is_said_at_once(tmp_path: Path, scheme: s
         simulate(file, prepare_run(file, tmp_path / "run"), runtime="ray")
 
     assert time.monotonic() - begun < 30
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_ray_says_of_an_address_is_one_line() -> None:
+    error = RuntimeError(
+        "Failed to connect.\nTraceback (most recent call last):\n  x\nNot found!\n\n"
+    )
+
+    said = why_not("127.0.0.1:10001", error)
+
+    assert said.startswith(
+        "Ray cannot be used at 127.0.0.1:10001: RuntimeError: Failed to connect."
+    )
+    assert "… Not found!; an address is host:port" in said
+    assert "\n" not in said
+
+
+@pytest.mark.parametrize("address", ["headnode", "", "http://head:6379", "head:port", "ray://head"])
+def test_an_address_that_is_none_is_refused_with_its_line(tmp_path: Path, address: str) -> None:
+    with pytest.raises(
+        ConfigError, match=r"toml:36: \[simulation.resources\] address .* host:port"
+    ):
+        load_study(study(tmp_path, f'address = "{address}"'))

@@ -134,9 +134,9 @@ class Ledger:
     ) -> Allotment:
         """Grant a study what its whole run may spend, or refuse and record nothing.
 
-        Asking again for the same event while the study is open holds the total against the limit
-        once more and returns the allotment that there is: nothing is granted twice. To grant a
-        study more than before (a round has to be repeated), use `extend`.
+        Asking again for the same event while the study is open, extended or not, holds the total
+        against the limit once more and returns the allotment that there is: nothing is granted
+        twice. To grant a study more than before (a round has to be repeated), use `extend`.
 
         Args:
             study: The study's hash, or any name that is used for it throughout.
@@ -164,7 +164,7 @@ class Ledger:
                     unit=unit,
                     population=population,
                 )
-            if (account.allotted, account.population, account.unit) != (asked, population, unit):
+            if (account.asked, account.population, account.unit) != (asked, population, unit):
                 raise ValueError(
                     f"study {study} has an open allotment for another event, population or unit; "
                     "close it first, or use extend"

@@ -21,13 +21,15 @@ class StudyState:
         delta: Of the last allotment.
         rest: What is allotted and not yet reserved.
         reserved: All that was ever reserved.
-        allotted: What the open allotments were for, as a whole.
+        asked: What the first of the open allotments was for: the study's whole run.
+        allotted: What all of them were for; more than that where a round was repeated.
     """
 
     population: Population
     unit: Unit
     delta: float
     allotments: list[int] = field(default_factory=list)
+    asked: Leaves = field(default_factory=Counter)
     allotted: Leaves = field(default_factory=Counter)
     rest: Leaves = field(default_factory=Counter)
     reserved: Leaves = field(default_factory=Counter)
@@ -130,8 +132,11 @@ class State:
             raise ValueError(f"study {name} is open for another population or unit")
         event = leaves_from_json(body["event"])
         borne(event, unit)
+        if study.allotments:
+            study.allotted = study.allotted + event
+        else:
+            study.asked = study.allotted = event
         study.allotments.append(body["seq"])
-        study.allotted = study.allotted + event
         study.rest = study.rest + event
 
     def _reserve(self, body: dict[str, Any]) -> None:
@@ -164,7 +169,7 @@ class State:
         study = self._open(body["study"])
         study.open = False
         study.allotments.clear()
-        study.allotted, study.rest = Counter(), Counter()
+        study.asked, study.allotted, study.rest = Counter(), Counter(), Counter()
 
     def _open(self, name: str) -> StudyState:
         study = self.studies.get(name)
