@@ -1,6 +1,5 @@
 """What a study may cost here, and has: between the study, the plan and the ledger."""
 
-from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +16,7 @@ from fedward.privacy.accounting import (
     gaussian_event,
     privacy_spent,
 )
-from fedward.privacy.accounting.events import Leaves, event_of, inside_a_site, leaves
+from fedward.privacy.accounting.events import event_of, inside_a_site, leaves
 from fedward.privacy.ledger import Ledger, Reservation
 from fedward.privacy.units import guarantees_to_json, patient_guarantees, patient_of_a_site
 from fedward.transport.monitor import metrics_sensitivity, monitor_round, monitor_sensitivity
@@ -126,8 +125,7 @@ class Budget:
     @property
     def is_open(self) -> bool:
         """Whether the study may still spend."""
-        mine = (entry for entry in self.ledger.entries() if entry.study == self.study.hash)
-        return any(entry.kind == "allot" and entry.state == "open" for entry in mine)
+        return self.ledger.is_open(self.study.hash)
 
     def statement(self) -> dict[str, Any]:
         """What the study has cost, as it goes into the release.
@@ -150,7 +148,7 @@ class Budget:
                 "noise_multiplier": self.plan.monitor_noise,
                 "sensitivity": monitor_sensitivity(self.study),
             }
-        recorded = self._recorded(self.study.hash)
+        recorded = event_of(self.ledger.reserved(self.study.hash))
         held_out = evaluation.to_json()
         if self.study.privacy.unit == "record":
             release = gaussian_event(self.evaluation_noise)
@@ -168,7 +166,7 @@ class Budget:
         }
 
     def _statement_of_site(self, spent: PrivacySpent) -> dict[str, Any]:
-        recorded = self._recorded(self.study.hash)
+        recorded = event_of(self.ledger.reserved(self.study.hash))
         patient = patient_of_a_site(recorded, delta=self.study.privacy.delta)
         extra = {"not_covered": _ACCEPTANCE} if self.site.policy.judges else {}
         return {
@@ -209,10 +207,3 @@ class Budget:
             sample_rate=self.plan.sample_rate,
             steps=steps,
         )
-
-    def _recorded(self, study: str) -> DpEvent:
-        counted: Leaves = Counter()
-        for entry in self.ledger.entries():
-            if entry.kind == "reserve" and entry.study == study:
-                counted.update(leaves(entry.event))
-        return event_of(counted)

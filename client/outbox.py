@@ -5,7 +5,7 @@ The same bytes tell the coordinator nothing new, so to send them again costs no 
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
@@ -14,8 +14,7 @@ from fedward.core.files import write_atomic
 from fedward.strategies.strategy import Vector
 
 
-@dataclass(frozen=True, slots=True)
-class Kept:
+class Kept(NamedTuple):
     """An update that was ready to leave.
 
     Attributes:

@@ -22,7 +22,8 @@ def main(grid: Grid, context: Context) -> None:
 
     Run configuration: `run` (the run directory, prepared), `registry` and `publisher` (paths at
     the coordinator), `roster` (likewise, for secure aggregation), `sites` (how many to wait for),
-    `deadline` (seconds for an answer).
+    `deadline` (seconds for an answer), `durable` (false only in simulations: whether a power cut
+    may take checkpoints).
     """
     run_study(FlowerChannel(grid), context)
 
@@ -37,6 +38,7 @@ def run_study(channel: Channel, context: Context) -> None:
         patience=float(config.get("patience", 120.0)),
         deadline=float(config.get("deadline", 600.0)),
         roster=load_roster(Path(str(config["roster"]))) if config.get("roster") else None,
+        durable=bool(config.get("durable", True)),
     )
     try:
         coordinate(

@@ -6,8 +6,7 @@ actor or a hospital is the grid's affair.
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
@@ -18,8 +17,7 @@ from fedward.transport.payload import Payload, pack, unpack
 _FIRST_WAIT, _LONGEST_WAIT = 0.001, 0.25
 
 
-@dataclass(frozen=True, slots=True)
-class Reply:
+class Reply(NamedTuple):
     """What one node answered: a payload, or why there is none.
 
     Attributes:

@@ -29,8 +29,8 @@ class Checkpoint:
     average: IterateAverage
 
 
-def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
-    """Write one file, atomically, and drop all but the newest two."""
+def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, durable: bool = True) -> None:
+    """Write one file, atomically, and drop all but the newest two; see `write_atomic`."""
     arrays: dict[str, NDArray[Any]] = {
         f"{_PREFIX}{name}": array for name, array in checkpoint.state.memory.items()
     }
@@ -45,7 +45,8 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
         "count": checkpoint.average.count,
     }
     data = save(arrays, metadata={"fedward": json.dumps(head)})
-    write_atomic(folder / f"round-{checkpoint.round_number:06d}.safetensors", data)
+    file = folder / f"round-{checkpoint.round_number:06d}.safetensors"
+    write_atomic(file, data, durable=durable)
     for old in sorted(folder.glob("round-*.safetensors"))[:-_KEPT]:
         old.unlink()
 

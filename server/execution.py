@@ -18,6 +18,7 @@ class Execution:
     Attributes:
         deadline: Seconds that a site has for one answer.
         roster_size: Sites in the consortium; 0 where the study needs no roster.
+        durable: As in `Settings`.
     """
 
     channel: Channel
@@ -27,6 +28,7 @@ class Execution:
     members: tuple[Member, ...]
     deadline: float
     roster_size: int = 0
+    durable: bool = True
 
     def ask_all(
         self, kind: str, payload: Payload, *, round_number: int

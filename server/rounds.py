@@ -50,6 +50,8 @@ class Settings:
         patience: Seconds to wait for them.
         deadline: Seconds that a site has for one answer.
         roster: Every site's public identity; secure aggregation needs it.
+        durable: Flush checkpoints to disk. Without it a power cut may take a run, though nothing
+            less may.
     """
 
     registry: Path
@@ -57,6 +59,7 @@ class Settings:
     patience: float = 120.0
     deadline: float = 600.0
     roster: Roster | None = None
+    durable: bool = True
 
 
 def coordinate(
@@ -93,6 +96,7 @@ def coordinate(
         members,
         deadline=settings.deadline,
         roster_size=len(settings.roster or ()),
+        durable=settings.durable,
     )
     secure = _secure_rounds(execution, checkpoint, settings.roster)
     checkpoint = _train(execution, strategy, checkpoint, secure)
@@ -235,7 +239,7 @@ def _train(
             state,
             checkpoint.average.add(state.parameters, round_number=round_number),
         )
-        save_checkpoint(run.path / "checkpoints", checkpoint)
+        save_checkpoint(run.path / "checkpoints", checkpoint, durable=execution.durable)
         run.event(
             "round",
             round=round_number,

@@ -23,8 +23,7 @@ from fedward.client.training.plan import Private, TrainingPlan
 from fedward.client.training.prefetch import drawing_ahead
 from fedward.client.training.sampler import Batch, PoissonSampler
 from fedward.privacy.mechanisms.noise import NoiseSource
-from fedward.privacy.mechanisms.rows import add_noise_to_rows
-from fedward.privacy.mechanisms.sources import SimulatedSource
+from fedward.privacy.mechanisms.rows import add_noise_to_rows, draw_uniform_rows
 from fedward.simulations.stacked import StackedBatch, StackedSum, make_stacked_sum
 from fedward.strategies.strategy import Vector
 from fedward.tasks.task import Examples
@@ -101,6 +100,7 @@ class Cohort:
         self._size = sum(p.numel() for p in self._parameters if p.requires_grad)
         self._patients = np.array([sampler.num_units for sampler in self._samplers])
         self._rates = np.array([plan.sample_rate for plan in self._plans])
+        self._expected = (self._rates * self._patients).tolist()
         self._records = max(sampler.records for sampler in self._samplers)
         self._starts = np.array(ends)
         self._padding = ends[-1]  # one row of zeros after all others
@@ -148,8 +148,9 @@ class Cohort:
         return -plan.steps, -self._rows_of(turn)
 
     def _rows_of(self, turn: Turn) -> float:
-        sampler = self._samplers[turn.site]
-        return self._plans[turn.site].sample_rate * sampler.num_units * self._records
+        """Rows that are expected in a step."""
+        rows: float = self._expected[turn.site] * self._records
+        return rows
 
     def _stacks(self, order: Sequence[int], turns: Sequence[Turn]) -> Iterator[list[int]]:
         """Cut `order` so that a stack fits its share of memory."""
@@ -157,12 +158,13 @@ class Cohort:
         stack: list[int] = []
         largest = 0.0
         for number in order:
-            largest = max(largest, self._rows_of(turns[number]))
+            rows = self._rows_of(turns[number])
+            largest = max(largest, rows)
             # Parameters, gradients, noise; a batch and what the layers make of it.
             each = 16 * self._size + 4 * row * largest
             if stack and (len(stack) + 1) * each > _STACK_BYTES:
                 yield stack
-                stack, largest = [], self._rows_of(turns[number])
+                stack, largest = [], rows
             stack.append(number)
         if stack:
             yield stack
@@ -214,8 +216,8 @@ class Cohort:
             return torch.zeros_like(stacked)
         index = torch.from_numpy(rows).to(self._device)
         batch = StackedBatch(
-            self._features[index],
-            self._labels[index],
+            _taken(self._features, index),
+            _taken(self._labels, index),
             torch.from_numpy(mask).to(self._device),
             self._records,
         )
@@ -262,12 +264,8 @@ class Cohort:
         """As `_choose` where each patient is one row: in a few operations for all sites."""
         places = [turn.site for turn in turns]
         patients = self._patients[places]
-        drawn = np.ones((len(turns), int(patients.max())))
-        for row, number, source in zip(drawn, patients.tolist(), sources, strict=False):
-            if isinstance(source, SimulatedSource):
-                source.fill_uniform(row[:number])
-            else:
-                row[:number] = source.uniform(number)
+        noised = isinstance(self._plan.guarantee, Private)
+        drawn = draw_uniform_rows(sources[: len(turns)], patients, with_noise=noised)
         chosen = drawn < self._rates[places, None]  # beyond a site's patients there are ones
         counts = chosen.sum(1)
         index = np.full((len(turns), counts.max()), self._padding, np.int64)
@@ -311,6 +309,11 @@ class Cohort:
             return clipper(alone.only(whole), clip_norm=clip_norm).total.clone()
         finally:
             clipper.close()
+
+
+def _taken(pile: Tensor, rows: Tensor) -> Tensor:
+    """`pile[rows]`, in a fifth of the time."""
+    return pile.index_select(0, rows.flatten()).view(*rows.shape, *pile.shape[1:])
 
 
 def _sampler(site: CohortSite) -> PoissonSampler:

@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 
 from flwr.app import Context
 
@@ -198,7 +197,7 @@ class FaultyChannel:
                 continue
             forged = forge(attack, own, honest, attackers=len(self._scenario.malicious))
             arrays = {**reply.payload.arrays, "update": forged}
-            yield replace(reply, payload=Payload(reply.payload.record, arrays))
+            yield reply._replace(payload=Payload(reply.payload.record, arrays))
 
 
 def _update_of(reply: Reply) -> Vector | None:

@@ -102,7 +102,8 @@ def _simulate(
             file="study",
             key="[simulation] runtime",
         )
-    sites = provision(run, study, study_file=study_file, durable=durable or chosen != "in-process")
+    in_files = durable or chosen != "in-process"
+    sites = provision(run, study, study_file=study_file, durable=in_files)
     files = sites.load()
     made = manifest(study, data=data_fingerprints(files), runtime=chosen)
     # Whatever copies it, such as a release, says so too; sites of the study's own may be real.
@@ -118,6 +119,7 @@ def _simulate(
         "publisher": str(sites.publisher),
         "sites": len(sites.sites),
         "roster": str(sites.roster) if study.aggregation.secure else "",
+        "durable": in_files,
     }
     with open_sites(run, files, scenario) as local:
         if scenario.has_trigger:

@@ -84,6 +84,7 @@ class MemorySite(SimulatedSite):
         self._outboxes: dict[str, MemoryOutbox] = {}
         self._budget: Budget | None = None
         self._rounds: dict[str, tuple[PoissonSampler, TrainingPlan]] = {}
+        self._quiet = scenario.quiet
         super().__init__(file, scenario, site=site)
         self._sizes = shared.sizes
 
@@ -158,7 +159,7 @@ class MemorySite(SimulatedSite):
         It does so among the same sites of a batch. Where some may be away when a void round is
         tried again, the update is kept.
         """
-        if self._scenario.quiet:
+        if self._quiet:
             return _EMPTY
         return self._outboxes.setdefault(study.hash, MemoryOutbox(keeps=True))
 

@@ -40,7 +40,7 @@ class State:
         if not (weight > 0 and math.isfinite(weight)):
             raise ValueError(f"weight {weight} is not positive and finite")
         total = np.zeros(update.shape) if self.total is None else self.total
-        total += weight * update.astype(np.float64)
+        total += np.multiply(update, weight, dtype=np.float64)
         return State(self.parameters, total, self.weight + weight, self.memory)
 
 

@@ -17,7 +17,7 @@ from fedward.core.errors import LedgerCorrupt
 from fedward.core.identity import Identity
 from fedward.privacy.accounting import dp_sgd_event
 from fedward.privacy.ledger import Ledger, verify_export
-from fedward.privacy.ledger.records import Row, write_row
+from fedward.privacy.ledger.records import Row, sign_row, write_body
 
 DELTA = 1e-5
 DIGEST = "ab" * 32
@@ -193,7 +193,8 @@ def rewrite(path: Path, identity: Identity, seq: int, change: Change) -> None:
             for key, value in body.items()
             if key not in ("format", "seq", "previous", "time", "kind")
         }
-        new = write_row(body["kind"], content, seq=row.seq, previous=previous, identity=identity)
+        changed = write_body(body["kind"], content, seq=row.seq, previous=previous)
+        new = sign_row(row.seq, changed, identity)
         previous = new.hash
         statements.append(
             (

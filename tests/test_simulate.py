@@ -124,10 +124,10 @@ import fedward.server.rounds as rounds
 from fedward.simulations.simulate import prepare_run, simulate
 study, folder, last, moment = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 save = rounds.save_checkpoint
-def save_or_die(path, checkpoint):
+def save_or_die(path, checkpoint, **options):
     if checkpoint.round_number == last and moment == "before":
         os.kill(os.getpid(), signal.SIGKILL)
-    save(path, checkpoint)
+    save(path, checkpoint, **options)
     if checkpoint.round_number == last:
         os.kill(os.getpid(), signal.SIGKILL)
 rounds.save_checkpoint = save_or_die

@@ -6,6 +6,7 @@ import os
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from fedward.simulations.startup import defer_meta_kernels
 
@@ -58,8 +59,8 @@ def main() -> None:
     clock = job.Clock()
     one_round = rounds.save_checkpoint
 
-    def lap(*arguments: object) -> None:
-        one_round(*arguments)  # type: ignore[arg-type] # as it was called
+    def lap(*arguments: Any, **options: Any) -> None:
+        one_round(*arguments, **options)
         clock.lap()
 
     rounds.save_checkpoint = lap

@@ -23,7 +23,7 @@ from fedward.privacy.ledger.records import (
     Population,
     Reservation,
 )
-from fedward.privacy.ledger.state import borne, holds
+from fedward.privacy.ledger.state import StudyState, borne, holds
 from fedward.privacy.ledger.verification import check_head, replay
 from fedward.privacy.ledger.views import Point, entries, export, history
 
@@ -219,18 +219,18 @@ class Ledger:
             account = self._journal.state.studies.get(study)
             if account is None or not account.open:
                 raise ValueError(f"study {study} has no open allotment; allot first")
-            if not asked.keys() <= account.allotted.keys():
-                raise ValueError(
-                    f"round {round_number} of study {study} runs a mechanism that its allotment "
-                    "does not hold: the noise or the sample rate differs"
-                )
             if not holds(account.rest, asked):
+                if not asked.keys() <= account.allotted.keys():
+                    raise ValueError(
+                        f"round {round_number} of study {study} runs a mechanism that its "
+                        "allotment does not hold: the noise or the sample rate differs"
+                    )
                 raise self._exhausted(study, asked)
             seq = self._journal.append(
                 "reserve",
                 {"study": study, "round": round_number, "event": shared_json(event)},
             )
-        return Reservation(study=study, round_number=round_number, seq=seq)
+        return Reservation(study, round_number, seq)
 
     def settle(self, reservation: Reservation, *, update_digest: str) -> None:
         """Record which update left under a reservation. On disk when this returns.
@@ -315,10 +315,23 @@ class Ledger:
             ValueError: The study was never allotted anything.
         """
         with self._journal.current():
-            account = self._journal.state.studies.get(study)
-            if account is None:
-                raise ValueError(f"study {study} is not in this ledger")
+            account = self._account(study)
             return price(account.reserved, delta=delta, unit=account.unit)
+
+    def reserved(self, study: str) -> Leaves:
+        """All that a study ever reserved, each mechanism as often as it may have run.
+
+        Raises:
+            ValueError: The study was never allotted anything.
+        """
+        with self._journal.current():
+            return self._account(study).reserved.copy()
+
+    def is_open(self, study: str) -> bool:
+        """Whether a study may still spend."""
+        with self._journal.current():
+            account = self._journal.state.studies.get(study)
+            return account is not None and account.open
 
     def entries(self) -> tuple[Entry, ...]:
         """All entries, oldest first, with the state that allotments and reservations are in."""
@@ -352,6 +365,12 @@ class Ledger:
             check_head(rows, known)
         if against_head is not None:
             check_head(rows, against_head)
+
+    def _account(self, study: str) -> StudyState:
+        account = self._journal.state.studies.get(study)
+        if account is None:
+            raise ValueError(f"study {study} is not in this ledger")
+        return account
 
     def _grant(
         self,

@@ -12,7 +12,7 @@ from typing import Any
 from fedward.core.errors import ConfigError, LedgerCorrupt, PrivacyError
 from fedward.core.identity import Identity, PublicIdentity
 from fedward.privacy.ledger import storage
-from fedward.privacy.ledger.records import NO_HASH, Kind, Row, read_row, write_row
+from fedward.privacy.ledger.records import NO_HASH, Kind, Row, read_row, sign_row, write_body
 from fedward.privacy.ledger.state import State
 
 
@@ -107,9 +107,9 @@ class Journal:
 
     def append(self, kind: Kind, content: dict[str, Any]) -> int:
         """Write the next entry, inside `change`; it is applied as one read from the file is."""
-        row = write_row(
-            kind, content, seq=self._seq + 1, previous=self._hash, identity=self._signer()
-        )
+        seq = self._seq + 1
+        body = write_body(kind, content, seq=seq, previous=self._hash)
+        row = sign_row(seq, body, self._signer())
         self._apply(row)
         storage.append(self._connection, row)
         return row.seq

@@ -8,7 +8,7 @@ site's key; that the end is missing shows only against a head that somebody else
 import json
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from fedward.core.canonical import canonical_json, digest
 from fedward.core.errors import LedgerCorrupt, SignatureInvalid
@@ -73,8 +73,7 @@ class Allotment:
     seq: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reservation:
+class Reservation(NamedTuple):
     """Leave to train once. Counts as spent from the moment that it exists."""
 
     study: str
@@ -107,17 +106,11 @@ class Entry:
     update_digest: str = ""
 
 
-def write_row(
-    kind: Kind,
-    content: dict[str, Any],
-    *,
-    seq: int,
-    previous: str,
-    identity: Identity,
-    time: datetime | None = None,
-) -> Row:
-    """Make the next entry, signed; `time` is now unless it happened before."""
-    body = canonical_json(
+def write_body(
+    kind: Kind, content: dict[str, Any], *, seq: int, previous: str, time: datetime | None = None
+) -> bytes:
+    """The next entry, unsigned; `time` is now unless it happened before."""
+    return canonical_json(
         {
             "format": FORMAT,
             "seq": seq,
@@ -127,6 +120,10 @@ def write_row(
             **content,
         }
     )
+
+
+def sign_row(seq: int, body: bytes, identity: Identity) -> Row:
+    """An entry as it is stored."""
     return Row(seq, body, identity.sign(_SIGNED_AS + body))
 
 

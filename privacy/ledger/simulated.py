@@ -20,12 +20,13 @@ from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from fedward.core.canonical import digest
 from fedward.core.errors import LedgerCorrupt, PrivacyError, RunError
 from fedward.core.identity import Identity, PublicIdentity
 from fedward.privacy.ledger import storage
 from fedward.privacy.ledger.book import Ledger
 from fedward.privacy.ledger.journal import Journal
-from fedward.privacy.ledger.records import NO_HASH, Kind, Row, write_row
+from fedward.privacy.ledger.records import NO_HASH, Kind, Row, sign_row, write_body
 from fedward.privacy.ledger.state import State
 
 _LAYOUT = 2  # of the file; 1 had a row for each entry
@@ -150,7 +151,7 @@ def take_out(file: Path, site: str, *, state: Path) -> None:
 
 
 class _MemoryJournal(Journal):
-    """Entries as they come; each is chained and signed once somebody asks for it.
+    """Entries as they come, chained once somebody asks for the head, and signed for a reader.
 
     Args:
         key: The site's private key. A key object of OpenSSL is a kilobyte and more, so one is made
@@ -169,8 +170,7 @@ class _MemoryJournal(Journal):
         self._number, self._new = number, new
         self._lock = threading.RLock()
         self._texts: list[str] = []
-        self._rows: list[Row] = []
-        self._seq, self._hash = -1, NO_HASH
+        self._seq, self._hash, self._chained = -1, NO_HASH, 0
 
     @property
     def identity(self) -> Identity:
@@ -183,8 +183,9 @@ class _MemoryJournal(Journal):
 
     @property
     def head(self) -> str:
-        rows = self.rows()
-        return f"{self._seq}:{rows[-1].hash if rows else NO_HASH}"
+        for body in self._bodies(self._chained, self._hash):
+            self._hash, self._chained = digest(body), self._chained + 1
+        return f"{self._seq}:{self._hash}"
 
     def begin(self, site: str, *, simulated: bool) -> None:
         self._made = self.identity
@@ -197,20 +198,17 @@ class _MemoryJournal(Journal):
         """Nothing is open."""
 
     def rows(self) -> list[Row]:
-        for text in self._texts[len(self._rows) :]:
+        identity = self.identity
+        return [sign_row(seq, body, identity) for seq, body in enumerate(self._bodies(0, NO_HASH))]
+
+    def _bodies(self, first: int, previous: str) -> Iterator[bytes]:
+        """The entries from number `first`, which follows one whose digest is `previous`."""
+        for seq, text in enumerate(self._texts[first:], start=first):
             kind, moment, content = json.loads(text)
-            previous = self._rows[-1].hash if self._rows else NO_HASH
-            self._rows.append(
-                write_row(
-                    kind,
-                    content,
-                    seq=len(self._rows),
-                    previous=previous,
-                    identity=self.identity,
-                    time=_EPOCH + timedelta(microseconds=moment),
-                )
-            )
-        return list(self._rows)
+            made = _EPOCH + timedelta(microseconds=moment)
+            body = write_body(kind, content, seq=seq, previous=previous, time=made)
+            previous = digest(body)
+            yield body
 
     def change(self) -> contextlib.AbstractContextManager[object]:
         # A ledger checks before it appends, so there is nothing to roll back.

@@ -1,7 +1,7 @@
 """What a ledger's entries add up to: a state machine without any input or output."""
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -56,7 +56,10 @@ def borne(counted: Leaves, unit: Unit) -> Leaves:
 
 def holds(rest: Leaves, asked: Leaves) -> bool:
     """Whether what is asked is part of the rest."""
-    return all(rest[leaf] >= count for leaf, count in asked.items())
+    for leaf, count in asked.items():  # noqa: SIM110 (a generator takes four times as long)
+        if rest.get(leaf, 0) < count:
+            return False
+    return True
 
 
 class State:
@@ -86,10 +89,12 @@ class State:
         except (ValueError, KeyError, TypeError) as error:
             raise LedgerCorrupt(f"entry {body['seq']} does not make sense: {error}") from error
 
-    def newest_first(self, study: str, round_number: int) -> Iterator[tuple[int, ReservedRound]]:
+    def newest_first(self, study: str, round_number: int) -> list[tuple[int, ReservedRound]]:
         """A round's reservations, by entry."""
-        for seq in reversed(self._of_round.get((study, round_number), ())):
-            yield seq, self.reservations[seq]
+        of_round = self._of_round.get((study, round_number))
+        if of_round is None:
+            return []
+        return [(seq, self.reservations[seq]) for seq in reversed(of_round)]
 
     def spent(self, population: Population) -> Leaves:
         """All that was reserved on a population: its own, and what is charged to everybody.
@@ -144,18 +149,20 @@ class State:
         event = leaves_from_json(body["event"])
         if not holds(study.rest, event):
             raise ValueError(f"study {body['study']} reserves more than it was allotted")
-        spent = self._spent[study.population]
+        rest, reserved, spent = study.rest, study.reserved, self._spent[study.population]
         for leaf, count in event.items():
-            study.rest[leaf] -= count
-            study.reserved[leaf] += count
-            if not study.rest[leaf]:
-                del study.rest[leaf]
+            left = rest[leaf] - count
+            if left:
+                rest[leaf] = left
+            else:
+                del rest[leaf]
+            reserved[leaf] = reserved.get(leaf, 0) + count
         for leaf, count in borne(event, study.unit).items():
-            spent[leaf] += count
+            spent[leaf] = spent.get(leaf, 0) + count
         self._units[study.population].add(study.unit)
-        number = int(body["round"])
-        self.reservations[body["seq"]] = ReservedRound(body["study"], number)
-        self._of_round.setdefault((body["study"], number), []).append(body["seq"])
+        number, seq = int(body["round"]), body["seq"]
+        self.reservations[seq] = ReservedRound(body["study"], number)
+        self._of_round.setdefault((body["study"], number), []).append(seq)
 
     def _settle(self, body: dict[str, Any]) -> None:
         reservation = self.reservations[body["reservation"]]

@@ -1,11 +1,14 @@
 """Machine code for the few loops in which a call of NumPy for each operation is what they cost."""
 
 import functools
+import types
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Any, Final, ParamSpec, TypeVar
 
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+_CODE: Final = "machine_code"
 
 
 def compiled(
@@ -14,7 +17,7 @@ def compiled(
     """Compile a function, by numba, at its first call.
 
     numba is imported no sooner, and nothing is kept on disk: its cache would be unpickled. A call
-    leaves Python's lock free, and checks no index.
+    leaves Python's lock free, and checks no index. A compiled function may call others.
 
     Args:
         signature: Types of result and arguments, as numba writes them; there are no others.
@@ -30,13 +33,40 @@ def compiled(
 
             code: Callable[_Arguments, _Result] = numba.njit(
                 signature, nogil=True, error_model="numpy"
-            )(function)
+            )(_linked(function))
             return code
 
         @functools.wraps(function)
         def call(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
             return machine_code()(*args, **kwargs)
 
+        vars(call)[_CODE] = machine_code
         return call
 
     return decorate
+
+
+def intrinsic(make: Callable[[], Any]) -> Callable[[_Function], _Function]:
+    """In compiled code, what `make` makes stands for the function; in Python it is called itself.
+
+    Args:
+        make: Makes what numba calls an intrinsic; called once, and only if something is compiled.
+    """
+
+    def decorate(function: _Function) -> _Function:
+        vars(function)[_CODE] = functools.cache(make)
+        return function
+
+    return decorate
+
+
+def _linked(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    """The function, with machine code in the place of others that it calls."""
+    known = function.__globals__
+    names = [
+        n for n in function.__code__.co_names if _CODE in getattr(known.get(n), "__dict__", ())
+    ]
+    if not names:
+        return function
+    others = {name: vars(known[name])[_CODE]() for name in names}
+    return types.FunctionType(function.__code__, {**known, **others}, function.__name__)

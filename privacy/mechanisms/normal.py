@@ -93,10 +93,10 @@ def draw_normal(out: NDArray[np.int32], words: Words) -> None:
     Nothing of a draw is left anywhere else.
     """
     column, share, uncovered = bricks()
-    memory = np.empty(_words_for(min(BLOCK, out.size), share), np.uint64)
+    memory = np.empty(words_for(min(BLOCK, out.size), share), np.uint64)
     for start in range(0, out.size, BLOCK):
         drawn = out[start : start + BLOCK]
-        given = memory if out.size <= BLOCK else memory[: _words_for(drawn.size, share)]
+        given = memory if out.size <= BLOCK else memory[: words_for(drawn.size, share)]
         words(given)
         one_each = (drawn.size + 1) // 2
         lay, rest = given.view(np.uint32), given[one_each:]
@@ -107,7 +107,7 @@ def draw_normal(out: NDArray[np.int32], words: Words) -> None:
     memory.fill(0)
 
 
-def _words_for(draws: int, rest: float) -> int:
+def words_for(draws: int, rest: float) -> int:
     """One for two draws, and what those that are in no brick need; seldom they need more."""
     return (draws + 1) // 2 + 16 + int(8 * rest * draws)
 

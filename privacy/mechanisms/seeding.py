@@ -31,9 +31,9 @@ def philox_keys(seeds: Sequence[Seed]) -> NDArray[np.uint64]:
         return np.array([_key_of(digest) for digest in digests], np.uint64).reshape(-1, 2)
     # As SeedSequence has it: the digest is one large number, whose lowest word comes first.
     words = np.frombuffer(b"".join(digests), ">u4").astype(np.uint32)
-    words = words.reshape(-1, _SEED_WORDS)[:, ::-1]
+    words = np.ascontiguousarray(words.reshape(-1, _SEED_WORDS)[:, ::-1].T)
     keys = _generate(_mix(words)).view(np.uint64)
-    for number in np.flatnonzero(words[:, -1] == 0):  # a number with a word less is mixed less
+    for number in np.flatnonzero(words[-1] == 0):  # a number with a word less is mixed less
         keys[number] = _key_of(digests[number])
     return keys
 
@@ -44,9 +44,15 @@ def _digest(seed: Seed) -> bytes:
 
 def _written(seed: Seed) -> str:
     """The seed as a JSON list; by hand it takes a third of the time."""
-    if any(type(part) not in (int, str) for part in seed):
-        return json.dumps(list(seed))
-    return f"[{', '.join([quoted(p) if isinstance(p, str) else str(p) for p in seed])}]"
+    parts = []
+    for part in seed:
+        if type(part) is str:
+            parts.append(quoted(part))
+        elif type(part) is int:
+            parts.append(str(part))
+        else:
+            return json.dumps(list(seed))
+    return f"[{', '.join(parts)}]"
 
 
 def _key_of(digest: bytes) -> NDArray[np.uint64]:
@@ -58,8 +64,22 @@ def _constants(start: int, factor: int, number: int) -> tuple[Words, Words]:
     values = [start]
     for _ in range(number):
         values.append(values[-1] * factor & 0xFFFFFFFF)
-    words = np.array(values, np.uint32)
+    words = np.array(values, np.uint32)[:, None]
     return words[:-1], words[1:]
+
+
+def _mix_constants() -> list[tuple[Words, Words]]:
+    """Of the pool's first hashes, and of each source's; its own word, which stays, has a zero."""
+    before, after = _constants(_INIT_A, _MULT_A, _POOL + _POOL * (_POOL - 1) + _POOL * _POOL)
+    rows, done = [(before[:_POOL], after[:_POOL])], _POOL
+    for source in range(_SEED_WORDS):
+        others = [number for number in range(_POOL) if number != source]
+        use = slice(done, done + len(others))
+        done += len(others)
+        padded = np.zeros((2, _POOL, 1), np.uint32)
+        padded[0, others], padded[1, others] = before[use], after[use]
+        rows.append((padded[0], padded[1]))
+    return rows
 
 
 def _hashed(value: Words, before: Words, after: Words) -> Words:
@@ -68,26 +88,22 @@ def _hashed(value: Words, before: Words, after: Words) -> Words:
 
 
 def _mix(words: Words) -> Words:
-    """The pool, shape `(seeds, 4)`; all that one word goes into is done at once."""
-    before, after = _MIX_CONSTANTS
-    pool = _hashed(words[:, :_POOL], before[:_POOL], after[:_POOL])
-    done = _POOL
-    for source in range(_SEED_WORDS):
-        others = [n for n in range(_POOL) if n != source]
-        use = slice(done, done + len(others))
-        word = pool[:, source] if source < _POOL else words[:, source]
-        mixed = _MIX_LEFT * pool[:, others] - _MIX_RIGHT * _hashed(
-            word[:, None], before[use], after[use]
-        )
-        pool[:, others] = mixed ^ (mixed >> _SHIFT)
-        done += len(others)
+    """The pool, shape `(4, seeds)`, of words `(8, seeds)`; what one goes into is done at once."""
+    pool = _hashed(words[:_POOL], *_MIX_CONSTANTS[0])
+    for source, (before, after) in enumerate(_MIX_CONSTANTS[1:]):
+        word = pool[source] if source < _POOL else words[source]
+        mixed = _MIX_LEFT * pool - _MIX_RIGHT * _hashed(word, before, after)
+        mixed ^= mixed >> _SHIFT
+        if source < _POOL:
+            mixed[source] = word
+        pool = mixed
     return pool
 
 
 def _generate(pool: Words) -> Words:
     """The key as 32-bit words, shape `(seeds, 4)`."""
-    return np.ascontiguousarray(_hashed(pool, *_KEY_CONSTANTS))
+    return np.ascontiguousarray(_hashed(pool, *_KEY_CONSTANTS).T)
 
 
-_MIX_CONSTANTS = _constants(_INIT_A, _MULT_A, _POOL + _POOL * (_POOL - 1) + _POOL * _POOL)
+_MIX_CONSTANTS = _mix_constants()
 _KEY_CONSTANTS = _constants(_INIT_B, _MULT_B, _KEY_WORDS)

@@ -43,7 +43,7 @@ def simulated_source(*seed: int | str) -> NoiseSource:
     """
     if not seed:
         raise ValueError("a simulated source needs a seed; real noise comes from secure_source()")
-    return SimulatedSource(philox_keys([seed])[0])
+    return SimulatedSource(philox_keys([seed]).tolist()[0])
 
 
 def simulated_sources(
@@ -61,7 +61,7 @@ def simulated_sources(
     """
     if not all(seeds):
         raise ValueError("a simulated source needs a seed; real noise comes from secure_source()")
-    keys = philox_keys(seeds)
+    keys = philox_keys(seeds).tolist()
     again = min(len(seeds), len(spent))
     for source, key in zip(spent, keys, strict=False):
         source.restart(key)
@@ -129,24 +129,30 @@ class SecureSource:
 
 
 class SimulatedSource:
-    """A stream that repeats, as a `NoiseSource`; made by `simulated_source`."""
+    """A stream that repeats, as a `NoiseSource`; made by `simulated_source`.
+
+    Attributes:
+        key: Two words, of Philox: a hash of the seed, so that streams of different seeds have
+            nothing in common.
+        used: How many words of the stream are used. `rows` adds to it where it draws for many
+            sources at once; nobody else may draw from them meanwhile.
+    """
 
     private = False
 
-    def __init__(self, key: NDArray[np.uint64]) -> None:
+    def __init__(self, key: Sequence[int]) -> None:
         self._lock = threading.Lock()
-        # Philox under a hash of the seed: streams of different seeds have nothing in common.
-        self._generator = np.random.Generator(np.random.Philox(key=key))
+        self._generator: np.random.Generator | None = None  # takes longer than a small draw
+        self.restart(key)
 
-    def restart(self, key: NDArray[np.uint64]) -> None:
+    def restart(self, key: Sequence[int]) -> None:
         """Become the source of another key, from its beginning."""
-        state = {"counter": _NO_WORDS, "key": key}
-        self._generator.bit_generator.state = {**_PHILOX, "state": state}
+        self.key, self.used, self._stands = key, 0, -1
 
     def uniform(self, size: int) -> NDArray[np.float64]:
         """See `NoiseSource`."""
         with self._lock:
-            return self._generator.random(_size(size))
+            return self._next(_size(size)).random(size)
 
     def gaussian(self, size: int, *, std: float) -> NDArray[np.float64]:
         """See `NoiseSource`; multiples of `std / RESOLUTION`."""
@@ -158,26 +164,34 @@ class SimulatedSource:
         with self._lock:
             yield partial(draw_normal, words=self._fill)
 
-    def fill_steps(self, out: NDArray[np.int32]) -> None:
-        """Overwrite `out` as one request of `drawing` would."""
-        with self._lock:
-            draw_normal(out, self._fill)
-
     def fill_uniform(self, out: NDArray[np.float64]) -> None:
         """Overwrite `out`, shape `(size,)`, contiguous, with what `uniform` would give."""
         with self._lock:
-            self._generator.random(out=out)
+            self._next(out.size).random(out=out)
 
     def _fill(self, words: NDArray[np.uint64]) -> None:
         """Overwrite `words` with the next ones of the stream."""
-        words[:] = self._generator.bit_generator.random_raw(words.size)
+        words[:] = self._next(words.size).bit_generator.random_raw(words.size)
+
+    def _next(self, words: int) -> np.random.Generator:
+        """The generator, where the stream stands, of which so many words are used now."""
+        if self._generator is None:
+            self._generator = np.random.Generator(np.random.Philox(key=self.key))
+        if self._stands != self.used:
+            blocks, rest = divmod(self.used, _BLOCK)
+            state = {"counter": [blocks, 0, 0, 0], "key": self.key}
+            self._generator.bit_generator.state = {**_PHILOX, "state": state}
+            self._generator.bit_generator.random_raw(rest, output=False)
+        self.used += words
+        self._stands = self.used
+        return self._generator
 
 
-_NO_WORDS = np.zeros(4, np.uint64)
+_BLOCK = 4  # words for each counter
 _PHILOX = {
     "bit_generator": "Philox",
-    "buffer": _NO_WORDS,
-    "buffer_pos": 4,
+    "buffer": [0] * _BLOCK,
+    "buffer_pos": _BLOCK,
     "has_uint32": 0,
     "uinteger": 0,
 }
