@@ -1,8 +1,17 @@
 """What this hospital permits, whatever a coordinator asks."""
 
-from fedward.core.errors import AdmissionRefused
+from torch import nn
+
+from fedward.client.training.modes import validate
+from fedward.core.errors import AdmissionRefused, ConfigError
 from fedward.core.site import Site
 from fedward.core.study import Study
+from fedward.tasks.adapters import LowRank
+from fedward.tasks.study_model import study_model
+from fedward.tasks.task import Task
+
+# Of these no record's gradient depends on another; Opacus need not be imported to say so.
+_PLAIN = (nn.Sequential, nn.Linear, LowRank, nn.ReLU, nn.Tanh, nn.Sigmoid, nn.Identity)
 
 
 def check_policy(site: Site, study: Study) -> None:
@@ -54,3 +63,27 @@ def check_policy(site: Site, study: Study) -> None:
             "the study has [aggregation] secure = true, which needs the consortium's roster; "
             'add roster = "roster.toml"',
         )
+
+
+def check_model(study: Study, task: Task) -> None:
+    """See, before anything is granted or paid, whether the study's model can be trained privately.
+
+    Raises:
+        ConfigError: One record's gradient would depend on another record, as with batch
+            normalisation, so that nothing bounds what a patient changes.
+    """
+    if study.privacy.mode == "none" or study.protects_sites:
+        return  # nobody's gradient is clipped
+    model = study_model(study, task)
+    if all(type(module) in _PLAIN for module in model.modules()):
+        return
+    try:
+        validate(model)
+    except ValueError as error:
+        found = str(error).split(". ", 1)[0]
+        raise ConfigError(
+            f'= "{study.model.name}": {found}; choose another model, or replace the layer (group '
+            "normalisation does the work of batch normalisation)",
+            file="study of the coordinator",
+            key="[model] name",
+        ) from error

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedward.client.acceptance import NotAccepted, judge, keep_refusal
-from fedward.client.admission import check_policy
+from fedward.client.admission import check_model, check_policy
 from fedward.client.evaluation import counted_rows, evaluate_groups, evaluate_model
 from fedward.client.local_site import Admitted, LocalSite
 from fedward.client.objective import study_loss
@@ -54,15 +54,18 @@ def admit_study(site: LocalSite, request: Payload) -> Payload:
         AdmissionRefused: The policy says no.
         BudgetExceeded: The whole run does not fit. Nothing was recorded.
         DataError: The site's data cannot be read as the task needs them.
-        ConfigError: The study names a field that there is not, or weights of other classes.
+        ConfigError: The study names a field that there is not, or weights of other classes, or a
+            model that cannot be trained with privacy.
     """
-    study = _read_study(json.dumps(request.record.get("study", {}), sort_keys=True))
+    text = json.dumps(request.record.get("study", {}), sort_keys=True)
+    study = _read_study(text)
     if study.hash != request.record.get("hash"):
         raise UpdateRejected(site="coordinator", reason="the study does not have its hash")
     check_policy(site.site, study)
     task = get_task(study.study.task)
     groupings(task.schema, study.evaluation.subgroups)
     class_weights(study, task.schema)
+    _check_model_once(text)
     site.examples(task, study)
     roster = site.roster() if study.aggregation.secure else None
     plan = plan_site(study, site.site, sites=len(roster or ()), size=site.size(study))
@@ -89,6 +92,13 @@ def admit_study(site: LocalSite, request: Payload) -> Payload:
 def _read_study(text: str) -> Study:
     """What a coordinator sends, once for all the sites of a simulation."""
     return build(json.loads(text), Study, file="study of the coordinator")
+
+
+@lru_cache(maxsize=64)
+def _check_model_once(text: str) -> None:
+    """Likewise; only of a study whose task the site's policy permits, for its code is run."""
+    study = _read_study(text)
+    check_model(study, get_task(study.study.task))
 
 
 class Round(NamedTuple):

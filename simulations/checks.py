@@ -8,6 +8,7 @@ from fedward.core.canonical import canonical_json
 from fedward.core.errors import ConfigError
 from fedward.core.study import Study
 from fedward.server.rounds import refuse_impossible
+from fedward.simulations.engines import refuse_engine
 from fedward.simulations.provision import site_names
 from fedward.simulations.scenarios import make_scenario
 from fedward.tasks import datasets
@@ -39,6 +40,7 @@ class Checks:
         try:
             task = get_task(study.study.task)
             study_model(study, task)
+            refuse_engine(study, runtime=study.simulation.runtime)
             names = self._sites_of(study)
             refuse_impossible(study, dict.fromkeys(names) if study.aggregation.secure else None)
             scenario = make_scenario(study, sorted(names))

@@ -9,6 +9,8 @@ from torch import nn
 from fedward.core.errors import ConfigError
 from fedward.core.study import Study
 from fedward.simulations.stacked import fits
+from fedward.tasks.registry import get_task
+from fedward.tasks.study_model import study_model
 
 Engine = Literal["per-site", "vectorised"]
 
@@ -34,8 +36,6 @@ def choose_engine(study: Study, model: nn.Module, *, sites: int) -> Choice:
         ConfigError: The study asks for "vectorised" and the model cannot be stacked.
     """
     asked = study.simulation.engine
-    if study.privacy.mode == "distributed":
-        return Choice("per-site", "each site puts its share of the noise into a sum of its own")
     if asked == "per-site":
         return Choice("per-site", "the study asks for it")
     unfit = _unfit(study, model)
@@ -55,8 +55,28 @@ def choose_engine(study: Study, model: nn.Module, *, sites: int) -> Choice:
     return Choice("vectorised", f"{sites} sites as one batch are faster")
 
 
+def refuse_engine(study: Study, *, runtime: str) -> None:
+    """Check, before anything begins, that an engine that is asked for can be had.
+
+    Raises:
+        ConfigError: The study asks for "vectorised", and sites cannot be trained as one batch.
+    """
+    if study.simulation.engine != "vectorised":
+        return
+    if runtime != "in-process":
+        raise ConfigError(
+            f'= "vectorised" is one computation in this process, and runtime {runtime} trains site '
+            'by site; use engine = "auto"',
+            file="study",
+            key="[simulation] engine",
+        )
+    choose_engine(study, study_model(study, get_task(study.study.task)), sites=1)
+
+
 def _unfit(study: Study, model: nn.Module) -> str | None:
     """Why sites cannot be trained as one batch; None if they can."""
+    if study.privacy.mode == "distributed":
+        return "each site puts its share of the noise into a sum of its own"
     if study.training.schedule != "constant" or study.training.averaging != "last":
         return "[training] schedule and averaging are kept site by site"
     if study.privacy.clipping != "fixed":

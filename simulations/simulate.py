@@ -22,6 +22,7 @@ from fedward.server.outcome import Tally
 from fedward.simulations.attacks import attack_success
 from fedward.simulations.channel import CohortChannel, MemoryChannel
 from fedward.simulations.curve import Curve, with_curve
+from fedward.simulations.engines import refuse_engine
 from fedward.simulations.faults import run_until_done
 from fedward.simulations.grid import InProcessGrid
 from fedward.simulations.provision import data_fingerprints, provision
@@ -102,6 +103,7 @@ def _simulate(
             file="study",
             key="[simulation] runtime",
         )
+    refuse_engine(study, runtime=chosen)
     in_files = durable or chosen != "in-process"
     sites = provision(run, study, study_file=study_file, durable=in_files)
     files = sites.load()

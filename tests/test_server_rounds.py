@@ -303,7 +303,7 @@ def test_a_study_that_cannot_be_run_sends_nothing(tmp_path: Path) -> None:
 
 
 def test_a_model_that_cannot_be_published_is_refused_before_it_is_trained(tmp_path: Path) -> None:
-    named = {"task": "convolution_task:CONVOLUTIONAL"}
+    named = {"task": "odd_tasks:CONVOLUTIONAL"}
     study = study_of(1)
     study = study.model_copy(update={"study": study.study.model_copy(update=named)})
     run = run_of(tmp_path / "run", study)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from dp_accounting import pld
 from safetensors.numpy import load_file
-from studies import EPSILON_4, NO_PRIVACY, write_study
+from studies import EPSILON_4, NO_PRIVACY, change, write_study
 
 from fedward.client.answers import train_round
 from fedward.client.local_site import LocalSite
@@ -212,6 +212,18 @@ def test_a_site_refuses_by_its_own_policy_and_the_others_go_on(
     assert len(refusals) == 1
     assert says in refusals[0]
     assert set(result["privacy"]["sites"]) == {"cleveland", "hungary", "switzerland"}
+
+
+def test_a_model_that_mixes_patients_is_refused_before_it_costs_anything(tmp_path: Path) -> None:
+    file = write_study(tmp_path, rounds=2, extra='[simulation]\ndataset = "heart-disease"\n')
+    change(file, ('task = "heart-disease"', 'task = "odd_tasks:NORMALISED"'))
+    run = prepare_run(file, tmp_path / "run")
+
+    with pytest.raises(AggregationAborted, match=r"round 0 .*\[model\] name .* BatchNorm"):
+        simulate(file, run)
+
+    ledger = LocalSite(run.path / "sites" / "va.toml").ledger
+    assert [entry.kind for entry in ledger.entries()] == ["genesis"]
 
 
 def test_parameters_changed_between_rounds_find_no_door(

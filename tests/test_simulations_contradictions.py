@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from studies import EPSILON_4, NO_PRIVACY, write_study
+from studies import EPSILON_4, NO_PRIVACY, change, write_study
 from test_simulate import model_of
 from test_simulations_scenarios import TEN, rounds_of, run_with
 
@@ -32,6 +32,7 @@ DISTRIBUTED = 'mode = "distributed"\nepsilon = 4.0'
         ("stragler = 3", "did you mean `stragglers`"),
         ('leave_out = ["nowhere"]', "names no site nowhere; sites: site-01,"),
         (f"leave_out = {[f'site-{n:02d}' for n in range(1, 11)]}", "leaves out every site"),
+        ('runtime = "ray"\nengine = "vectorised"', "runtime ray trains site by site"),
         ('runtime = "loopback"\ncrash = 0.1', "nothing of a scenario happens"),
         ('sites = "*.toml"', "remove partition, args"),
     ],
@@ -65,6 +66,17 @@ def test_an_attack_that_needs_what_nobody_sees_is_refused(
 
     with pytest.raises(ConfigError, match=says):
         prepare_run(file, tmp_path / "run")
+
+
+def test_an_engine_that_cannot_be_had_is_refused_before_anything_begins(tmp_path: Path) -> None:
+    extra = '[simulation]\nengine = "vectorised"\n'
+    file = write_study(tmp_path, privacy=DISTRIBUTED, extra=extra)
+    change(file, ("secure = false", "secure = true"))
+
+    with pytest.raises(ConfigError, match=r'study.toml:26: .* engine = "vectorised" .* its share'):
+        simulate(file, prepare_run(file, tmp_path / "run"))
+
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("engine", ["per-site", "vectorised"])
