@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad
 
-from fedward.client.training.bookkeeping import STABILITY, leaves_of, make_clipped_sum
+from fedward.client.training.bookkeeping import leaves_of, make_clipped_sum
 from fedward.client.training.modes import validate
-from fedward.client.training.parts import Loss
+from fedward.client.training.parts import STABILITY, Loss
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,13 +6,15 @@ but the derivative of the loss by the outputs is needed of it, and that is a lin
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+OutputGradient = Callable[[NDArray[np.float32], NDArray[Any]], NDArray[np.float32]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,12 +23,13 @@ class DifferentiatedLoss:
 
     Attributes:
         values: Of outputs and labels, one value an example, for autograd.
-        output_gradient: Of outputs and labels, the gradient of the summed values by the outputs,
-            as a new tensor without a graph.
+        output_gradient: Of outputs and labels as arrays, the gradient of the summed values by the
+            outputs, as a new array. May overflow where an output is large: whoever calls it has
+            NumPy's warnings turned off.
     """
 
     values: "Callable[[Tensor, Tensor], Tensor]"
-    output_gradient: "Callable[[Tensor, Tensor], Tensor]"
+    output_gradient: OutputGradient
 
     def __call__(self, outputs: "Tensor", labels: "Tensor") -> "Tensor":
         """One value an example."""
@@ -39,30 +42,35 @@ def _cross_entropy(outputs: "Tensor", labels: "Tensor") -> "Tensor":
     return values(outputs, labels, reduction="none")
 
 
-def _softmax_less_label(outputs: "Tensor", labels: "Tensor") -> "Tensor":
-    import torch
-
-    if outputs.device.type != "cpu" or outputs.dtype != torch.float32 or outputs.shape[1] != 2:  # noqa: PLR2004 (classes)
-        d = torch.softmax(outputs.detach(), 1)
-        return d.scatter_add_(1, labels[:, None], d.new_full((1, 1), -1.0).expand(len(d), 1))
-    # Two classes: NumPy's calls take a third of the time of torch's.
-    return torch.from_numpy(_of_two(outputs.detach().numpy(), labels.numpy()))
-
-
-def _of_two(outputs: NDArray[np.float32], classes: NDArray[np.int64]) -> NDArray[np.float32]:
-    if classes.min(initial=0) < 0:
-        raise IndexError("a class number is 0 or 1")
-    d = np.empty_like(outputs)
-    with np.errstate(over="ignore", invalid="ignore"):  # 1 / (1 + inf) is 0, and NaN stays
-        odds = np.exp(outputs[:, 0] - outputs[:, 1])
-        odds += 1
-        np.divide(1, odds, out=d[:, 1])
-        np.subtract(1, d[:, 1], out=d[:, 0])
-    d -= _TWO.take(classes, 0)  # refuses 2 and more
+def _softmax_less_label(
+    outputs: NDArray[np.float32], labels: NDArray[np.int64]
+) -> NDArray[np.float32]:
+    classes = outputs.shape[1]
+    if classes == 2:  # noqa: PLR2004 (a logistic regression's step is little more than this)
+        if np.bitwise_or.reduce(labels) not in (0, 1):
+            raise IndexError("a class number is 0 or 1")
+        second = _logistic(outputs[:, 1] - outputs[:, 0])
+        second -= labels.astype(np.float32)
+        both: NDArray[np.float32] = second[:, None] * _BOTH
+        return both
+    if labels.min(initial=0) < 0 or labels.max(initial=0) >= classes:
+        raise IndexError(f"a class number is 0 to {classes - 1}")
+    d: NDArray[np.float32] = outputs - outputs.max(1, keepdims=True)
+    np.exp(d, out=d)
+    d /= d.sum(1, keepdims=True)
+    d[np.arange(len(d)), labels] -= 1
     return d
 
 
-_TWO = np.eye(2, dtype=np.float32)
+def _logistic(log_odds: NDArray[np.float32]) -> NDArray[np.float32]:
+    """1 / (1 + exp(-log_odds)), in place: 1 / (1 + inf) is 0, and NaN stays."""
+    np.negative(log_odds, out=log_odds)
+    np.exp(log_odds, out=log_odds)
+    log_odds += 1
+    return np.reciprocal(log_odds, out=log_odds)
+
+
+_BOTH = np.array([[-1, 1]], dtype=np.float32)
 
 
 def _binary_cross_entropy(outputs: "Tensor", labels: "Tensor") -> "Tensor":
@@ -71,11 +79,12 @@ def _binary_cross_entropy(outputs: "Tensor", labels: "Tensor") -> "Tensor":
     return values(outputs.reshape(-1), labels.to(outputs.dtype), reduction="none")
 
 
-def _probability_less_label(outputs: "Tensor", labels: "Tensor") -> "Tensor":
-    import torch
-
-    d = torch.sigmoid(outputs.detach())
-    return d.sub_(labels.to(d.dtype).view(d.shape))
+def _probability_less_label(
+    outputs: NDArray[np.float32], labels: NDArray[Any]
+) -> NDArray[np.float32]:
+    d = _logistic(outputs.copy())
+    d -= labels.reshape(d.shape).astype(np.float32, copy=False)
+    return d
 
 
 cross_entropy = DifferentiatedLoss(_cross_entropy, _softmax_less_label)

@@ -16,12 +16,10 @@ from torch.func import functional_call, grad
 
 from fedward.client.training.convolutions import Turning, likes_turning
 from fedward.client.training.leaves import part_of, supported
-from fedward.client.training.parts import Call, Loss, Memory
+from fedward.client.training.parts import STABILITY, Call, Loss, Memory
 from fedward.client.training.stack import one_a_row
 
 ClippedSum = Callable[..., tuple[dict[str, Tensor], Tensor]]
-
-STABILITY = 1e-6  # in Opacus' clipping factor, clip_norm / (norm + 1e-6)
 
 
 def leaves_of(model: nn.Module) -> dict[str, nn.Module] | None:

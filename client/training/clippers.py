@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fedward.client.training.bookkeeping import Captured, leaves_of, sums_of
 from fedward.client.training.parts import Loss, Memory
 from fedward.client.training.sampler import Batch
-from fedward.client.training.stack import Stack, stacked
+from fedward.client.training.stack import stack_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,12 +113,16 @@ class BookKeeping:
             for name, leaf in leaves.items()
         }
         self._memory = Memory()
-        self._stack = Stack(model, loss, leaves, self._memory) if stacked(model, leaves) else None
+        self._stack = stack_of(model, loss, leaves, self._into)
         self._capture = functools.partial(Captured, model, loss, leaves)
         self._captured: Captured | None = None
 
     def __call__(self, batch: Batch, *, clip_norm: float) -> Clipped:
         """As `Clipper`."""
+        if self._stack is not None and batch.records == 1 and self._stack.fits(batch):
+            squared, finite = self._stack.clip(batch, clip_norm)
+            if finite:
+                return Clipped(self._total, 0, squared)
 
         def run(given: Batch) -> tuple[Tensor, Tensor]:
             with torch.no_grad():
@@ -127,14 +131,14 @@ class BookKeeping:
         return sanitised(batch, run, size=self._total.numel())
 
     def _run(self, batch: Batch, clip_norm: float) -> tuple[Tensor, Tensor]:
-        passes: Stack | Captured
-        if self._stack is not None and self._stack.fits(batch.features):
-            passes = self._stack
+        if self._stack is not None and self._stack.fits(batch):
+            if batch.records == 1:
+                return self._total, self._stack.clip(batch, clip_norm)[0]
+            calls = self._stack.calls(batch)
         else:
             if self._captured is None:  # hooks cost something where nobody needs them
                 self._captured = self._capture(batch.features, self._memory)
-            passes = self._captured
-        calls = passes.run(batch.features, batch.labels, batch.mask)
+            calls = self._captured.run(batch.features, batch.labels, batch.mask)
         _, squared = sums_of(
             self._leaves,
             calls,

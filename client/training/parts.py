@@ -11,6 +11,8 @@ from torch import Tensor
 Loss = Callable[[Tensor, Tensor], Tensor]
 """Of outputs and labels, one value an example."""
 
+STABILITY = 1e-6  # in Opacus' clipping factor, clip_norm / (norm + 1e-6)
+
 Call = tuple[Tensor, Tensor]  # what went into a layer, and the gradient of what came out
 Sums = Mapping[str, Tensor]
 Into = Mapping[str, Tensor] | None

@@ -1,12 +1,15 @@
 """Class weights that stay inside the sensitivity analysis."""
 
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fedward.client.training.parts import Loss
-from fedward.tasks.losses import DifferentiatedLoss
+from fedward.tasks.losses import DifferentiatedLoss, OutputGradient
 
 
 def weighted(loss: Loss, weights: Sequence[float], *, largest: float = 10.0) -> Loss:
@@ -32,13 +35,15 @@ def weighted(loss: Loss, weights: Sequence[float], *, largest: float = 10.0) -> 
     def weigh(outputs: Tensor, labels: Tensor) -> Tensor:
         return loss(outputs, labels) * table.to(outputs.device)[labels.long()]
 
-    derivative = getattr(loss, "output_gradient", None)
+    derivative: OutputGradient | None = getattr(loss, "output_gradient", None)
     if derivative is None:
         return weigh
+    array = table.numpy()
 
-    def derive(outputs: Tensor, labels: Tensor) -> Tensor:
-        each = table.to(outputs.device)[labels.long()]
-        found: Tensor = derivative(outputs, labels)
-        return found.mul_(each.view(-1, *[1] * (found.dim() - 1)))
+    def derive(outputs: NDArray[np.float32], labels: NDArray[Any]) -> NDArray[np.float32]:
+        found = derivative(outputs, labels)
+        each = array[labels.astype(np.int64, copy=False)]
+        found *= each.reshape(-1, *[1] * (found.ndim - 1))
+        return found
 
     return DifferentiatedLoss(weigh, derive)
