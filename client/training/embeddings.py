@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fedward.client.training.parts import (
@@ -13,9 +14,13 @@ from fedward.client.training.parts import (
     Part,
     Sums,
     by_patient,
-    room,
+    impure,
     squared_norms,
 )
+from fedward.privacy.mechanisms.compiled import compiled
+
+Rows = NDArray[np.float32]
+Tokens = NDArray[np.int64]
 
 
 def embedding(
@@ -26,24 +31,17 @@ def embedding(
     outputs = [by_patient(d.reshape(len(d), -1, layer.embedding_dim), records) for _, d in calls]
     tokens = inputs[0] if len(calls) == 1 else torch.cat(inputs, 1)
     d = outputs[0] if len(calls) == 1 else torch.cat(outputs, 1)
-    pure = memory is None or not d.is_cpu or d.dtype != torch.float32
-    squared = (_fixed_shapes if pure else _repeats_apart)(tokens, d, layer.padding_idx)
+    if impure(d, memory) and layer.weight.is_cpu and layer.weight.dtype == torch.float32:
+        return _on_processor(layer, tokens, d)
+    squared = _fixed_shapes(tokens, d, layer.padding_idx)
 
     def weighted(factors: Tensor, into: Into) -> Sums:
-        total = (
-            torch.zeros_like(layer.weight, requires_grad=False)
-            if into is None
-            else into["weight"].zero_()
-        )
-        out = room(memory, (layer, "scaled"), d.shape, d)
-        scaled = torch.mul(d, factors[:, None, None], out=out).flatten(0, 1)
-        if into is None:
-            total = total.index_add(0, tokens.flatten(), scaled)
-        else:
-            total.index_add_(0, tokens.flatten(), scaled)
+        total = torch.zeros_like(layer.weight, requires_grad=False)
+        scaled = torch.mul(d, factors[:, None, None]).flatten(0, 1)
+        total = total.index_add(0, tokens.flatten(), scaled)
         if layer.padding_idx is not None:
             total[layer.padding_idx] = 0
-        return {"weight": total}
+        return {"weight": total if into is None else into["weight"].copy_(total)}
 
     return Part(squared, weighted)
 
@@ -64,30 +62,88 @@ def _fixed_shapes(tokens: Tensor, d: Tensor, padding: int | None) -> Tensor:
     return squared_norms(rows)
 
 
-def _repeats_apart(tokens: Tensor, d: Tensor, padding: int | None) -> Tensor:
-    """The same on a CPU: rows are added up for those tokens alone that a patient has repeatedly."""
-    lengths = torch.linalg.vector_norm(d, dim=2).square_().numpy()
-    patients, positions = lengths.shape
-    if padding is not None:
-        lengths[tokens.numpy() == padding] = 0
-    # Token and position in one number: sorting that alone gives both.
-    key = tokens.numpy().astype(np.int64) * positions
-    key += np.arange(positions)
-    key.sort(axis=1)
-    ordered = key // positions
-    equal = np.zeros((patients, positions), dtype=np.bool_)  # to the one before
-    np.equal(ordered[:, 1:], ordered[:, :-1], out=equal[:, 1:])
-    if padding is not None:
-        equal &= ordered != padding
-    if equal.any():
-        member = equal.copy()
-        member[:, :-1] |= equal[:, 1:]
-        at = np.flatnonzero(member)
-        first = np.flatnonzero(~equal.reshape(-1)[at])  # runs of equal tokens stand together
-        patient = at // positions
-        row = patient * positions + key.reshape(-1)[at] % positions
-        sums = np.add.reduceat(d.numpy().reshape(-1, d.shape[2])[row], first, axis=0)
-        lengths.reshape(-1)[row] = 0
-        with np.errstate(all="ignore"):  # what is not finite shows in the norm
-            np.add.at(lengths[:, 0], patient[first], np.vecdot(sums, sums))
-    return torch.from_numpy(lengths.sum(1))
+def _on_processor(layer: nn.Embedding, tokens: Tensor, d: Tensor) -> Part:
+    """The same by compiled loops, which read each gradient twice and write no other memory."""
+    words, rows = np.ascontiguousarray(tokens.numpy(), np.int64), np.ascontiguousarray(d.numpy())
+    padding = -1 if layer.padding_idx is None else layer.padding_idx
+    squared = np.zeros(len(words), np.float32)
+    uses = np.zeros(layer.num_embeddings, np.int32)
+    repeated = np.empty((words.shape[1] // 2, layer.embedding_dim), np.float32)
+    _add_squares(words, rows, padding, uses, repeated, squared)
+
+    def weighted(factors: Tensor, into: Into) -> Sums:
+        total = torch.empty_like(layer.weight) if into is None else into["weight"]
+        _add_up(words, rows, factors.numpy(), padding, total.detach().numpy())
+        return {"weight": total}
+
+    return Part(torch.from_numpy(squared), weighted)
+
+
+@compiled(
+    "void(int64[:, ::1], float32[:, :, ::1], int64, int32[::1], float32[:, ::1], float32[::1])",
+    any_order=True,
+)
+def _add_squares(  # noqa: C901, PLR0917 (compiled code calls nothing, and knows no keywords)
+    tokens: Tokens,
+    d: Rows,
+    padding: int,
+    uses: NDArray[np.int32],
+    repeated: Rows,
+    squared: Rows,
+) -> None:
+    """Add to squared norms those of patients' gradients, one row for each different token.
+
+    Args:
+        tokens: Shape `(patients, positions)`.
+        d: Shape `(patients, positions, columns)`.
+        padding: A token that is not trained, or -1.
+        uses: Zeros, one for each token; zeros again afterwards.
+        repeated: Memory for rows of tokens that a patient has repeatedly, half the positions.
+        squared: Shape `(patients,)`.
+    """
+    patients, positions = tokens.shape
+    columns = d.shape[2]
+    for patient in range(patients):
+        for position in range(positions):
+            uses[tokens[patient, position]] += 1
+        places = 0
+        for position in range(positions):
+            token = tokens[patient, position]
+            if token == padding:
+                continue
+            if uses[token] == 1:
+                alone = np.float32(0)
+                for column in range(columns):
+                    alone += d[patient, position, column] * d[patient, position, column]
+                squared[patient] += alone
+                continue
+            if uses[token] > 0:  # the first time: from here on it names a place
+                places += 1
+                uses[token] = -places
+                repeated[places - 1] = 0
+            place = -uses[token] - 1
+            for column in range(columns):
+                repeated[place, column] += d[patient, position, column]
+        for place in range(places):
+            together = np.float32(0)
+            for column in range(columns):
+                together += repeated[place, column] * repeated[place, column]
+            squared[patient] += together
+        for position in range(positions):
+            uses[tokens[patient, position]] = 0
+
+
+@compiled(
+    "void(int64[:, ::1], float32[:, :, ::1], float32[::1], int64, float32[:, ::1])",
+    any_order=True,
+)
+def _add_up(tokens: Tokens, d: Rows, factors: Rows, padding: int, total: Rows) -> None:
+    """Overwrite `total`, a row for each token, with the sum of gradients times `factors`."""
+    total[:] = 0
+    for patient in range(tokens.shape[0]):
+        factor = factors[patient]
+        for position in range(tokens.shape[1]):
+            token = tokens[patient, position]
+            if token != padding:
+                for column in range(d.shape[2]):
+                    total[token, column] += factor * d[patient, position, column]

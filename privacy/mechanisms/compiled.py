@@ -9,10 +9,11 @@ _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _CODE: Final = "machine_code"
+_ANY_ORDER = {"reassoc", "contract"}  # what is not finite stays so
 
 
 def compiled(
-    signature: str,
+    signature: str, *, any_order: bool = False
 ) -> Callable[[Callable[_Arguments, _Result]], Callable[_Arguments, _Result]]:
     """Compile a function, by numba, at its first call.
 
@@ -21,6 +22,7 @@ def compiled(
 
     Args:
         signature: Types of result and arguments, as numba writes them; there are no others.
+        any_order: Whether terms may be added up in any order, so several at once.
 
     Returns:
         A decorator. The function itself stays within reach as `__wrapped__`.
@@ -32,7 +34,7 @@ def compiled(
             import numba
 
             code: Callable[_Arguments, _Result] = numba.njit(
-                signature, nogil=True, error_model="numpy"
+                signature, nogil=True, error_model="numpy", fastmath=any_order and _ANY_ORDER
             )(_linked(function))
             return code
 

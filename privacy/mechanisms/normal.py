@@ -31,9 +31,8 @@ RESOLUTION: Final = 3 << 21
 _BITS: Final = 16
 _BRICKS: Final = 1 << _BITS
 _WIDTH: Final = 1 << _BITS
-BLOCK: Final = 28_000
-"""Draws at a time: their memory stays in the second-level cache, and below the 128 KiB which the C
-library asks of the operating system anew each time."""
+BLOCK: Final = 1 << 16
+"""Draws at a time: enough for what a call costs, few enough for the cache."""
 
 _ENTRIES: Final = 1 << 12  # of the table of boxes, about
 _COLUMNS_TO: Final = 5  # standard deviations; there are no bricks beyond 3.4, and boxes still
