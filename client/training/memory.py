@@ -16,7 +16,7 @@ _SEEN: "WeakKeyDictionary[nn.Module, dict[tuple[int, ...], int]]" = WeakKeyDicti
 _COPIES = 3
 # Unfolded inputs of convolutions are large: in parts that fit into the cache, a step of a batch
 # of 512 takes two thirds of the time that it takes in one piece.
-_CACHE_MB = 32.0
+_CACHE_MB = 48.0
 
 
 def patients_at_once(model: nn.Module, one: Batch, *, mode: Mode | None, limit_mb: float) -> int:

@@ -43,11 +43,11 @@ class Memory:
         self._held: dict[object, Tensor] = {}
 
     def take(self, key: object, shape: Sequence[int], like: Tensor) -> Tensor:
-        """A tensor of `shape` that holds anything; valid until the next one of this key."""
+        """A tensor of `shape` that holds zeros or what was written to it; valid until the next."""
         size = math.prod(shape)
         held = self._held.get(key)
         if held is None or held.numel() < size or held.dtype != like.dtype:
-            held = self._held[key] = like.new_empty(size + size // 8)  # batches differ
+            held = self._held[key] = like.new_zeros(size + size // 8)  # batches differ
         return held[:size].view(*shape)
 
 
