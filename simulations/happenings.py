@@ -33,6 +33,7 @@ class Happened:
         away: By site, rounds in none of whose tries it was there.
         malicious: By site, its attack.
         void: Events of rounds that were void.
+        lost: Rounds of secure aggregation that were open when the run stopped, and are void.
         crashes: Events of the coordinator's crashes.
         not_taken: By site, why it did not take the release.
         waited: Virtual seconds that all rounds took.
@@ -45,6 +46,7 @@ class Happened:
     away: Mapping[str, Sequence[int]]
     malicious: Mapping[str, str]
     void: tuple[Event, ...]
+    lost: tuple[int, ...]
     crashes: tuple[Event, ...]
     not_taken: Mapping[str, str]
     waited: float
@@ -87,6 +89,7 @@ class Happened:
             away=away,
             malicious=malicious,
             void=tuple(e for e in events if e["event"] == "void"),
+            lost=_lost(events),
             crashes=tuple(e for e in events if e["event"] == "coordinator crashed"),
             not_taken={
                 str(e["site"]): str(e["reason"])
@@ -107,7 +110,14 @@ class Happened:
     @property
     def anything(self) -> bool:
         """Whether anything happened."""
-        return bool(self.rounds or self.void or self.crashes or self.waited)
+        return bool(self.rounds or self.void or self.lost or self.crashes or self.waited)
+
+
+def _lost(events: Sequence[Event]) -> tuple[int, ...]:
+    opened = [event["round"] for event in events if event["event"] == "opened"]
+    told = {event["round"] for event in events if event["event"] in {"round", "void"}}
+    # The last one may still be going on.
+    return tuple(number for number in opened[:-1] if number not in told)
 
 
 def who(event: Event) -> str:
@@ -137,6 +147,7 @@ def in_lines(happened: Happened) -> list[str]:
             f"void: {len(happened.void)} times, for lack of sites, in rounds "
             + _shortened(sorted(counts))
         )
+    lines += [line.lower() for line in _lost_in_words(happened)]
     lines += [f"coordinator: {event['reason']}" for event in happened.crashes]
     if happened.not_taken:
         site, why = next(iter(happened.not_taken.items()))
@@ -147,6 +158,14 @@ def in_lines(happened: Happened) -> list[str]:
     if happened.waited:
         lines.append(f"waited: {happened.waited:.0f} virtual seconds, of which nobody waited")
     return lines
+
+
+def _lost_in_words(happened: Happened) -> list[str]:
+    if not happened.lost:
+        return []
+    which = _shortened(happened.lost)
+    why = "a secure sum is not asked for twice, and who had reserved a round has paid for it"
+    return [f"Lost: rounds {which}, open when the run stopped; {why}"]
 
 
 def in_html(happened: Happened) -> str:
@@ -162,6 +181,7 @@ def in_html(happened: Happened) -> str:
     )
     notes = [f"The coordinator: {event['reason']}." for event in happened.crashes]
     notes += [f"Round {e['round']} was void: {e['reason']}." for e in happened.void]
+    notes += [f"{line}." for line in _lost_in_words(happened)]
     if happened.waited:
         notes.append(
             f"Rounds took {happened.waited:.0f} virtual seconds in all, of which nobody waited."

@@ -81,6 +81,17 @@ def test_the_terminal_is_told_who_did_not_take_the_release(log: Events) -> None:
     ]
 
 
+def test_a_round_that_was_open_when_the_run_stopped_is_told(log: Events) -> None:
+    rounds = [event("opened", 1), event("round", 1), event("opened", 2), event("opened", 3)]
+    going_on = Happened.of(rounds)
+    void = Happened.of([*rounds, event("void", 2, reason="too few")])
+
+    lost = "lost: rounds 2, open when the run stopped; a secure sum is not asked for twice, and"
+    assert [line[: len(lost)] for line in in_lines(going_on)] == [lost]
+    assert "Lost: rounds 2, open" in in_html(going_on)
+    assert (void.lost, Happened.of(log).lost) == ((), ())
+
+
 def test_the_picture_has_a_cell_for_each_site_and_round(log: Events) -> None:
     page = in_html(Happened.of(log))
 
