@@ -25,7 +25,7 @@ from fedward.privacy.mechanisms import (
     simulated_source,
 )
 from fedward.privacy.mechanisms.noise import drawing, noise_step, steps_per_unit
-from fedward.privacy.mechanisms.normal import RESOLUTION
+from fedward.privacy.mechanisms.normal import BLOCK, RESOLUTION
 from fedward.privacy.mechanisms.sources import SecureSource, SimulatedSource, simulated_sources
 
 FALSE_ALARM = 1e-9
@@ -331,6 +331,23 @@ def test_what_is_released_is_the_rounded_sum_by_fractions(
 
     step = noise_step(std, sensitivity=std, size=vector.size)
     np.testing.assert_array_equal(released, plain_sum(vector, drawn, step))
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_long_vectors_are_released_part_by_part_in_the_order_of_the_draws(double: bool) -> None:
+    size = 2 * BLOCK + 77
+    vector = in_precision(np.linspace(-50, 50, size), double=double)
+    drawn = np.empty(size, np.int32)
+    with drawing(simulated_source(5), size) as draw:
+        draw(drawn)
+
+    released = add_noise(vector, std=2.0, sensitivity=1.0, source=simulated_source(5))
+
+    step = noise_step(2.0, sensitivity=1.0, size=size)
+    upper = vector.astype(np.float32).astype(np.float64)
+    whole = np.rint(upper * steps_per_unit(step)) + np.rint((vector - upper) * steps_per_unit(step))
+    expected = (whole + drawn).astype(np.float32) * np.float32(step)
+    np.testing.assert_array_equal(released, expected)
 
 
 def test_add_noise_refuses_what_noise_cannot_hide() -> None:

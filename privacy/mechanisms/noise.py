@@ -25,7 +25,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedward.privacy.mechanisms.compiled import compiled
-from fedward.privacy.mechanisms.normal import BLOCK, RESOLUTION
+from fedward.privacy.mechanisms.normal import (
+    BLOCK,
+    RESOLUTION,
+    NormalDraws,
+    Words,
+    bricks,
+    put,
+    words_for,
+)
 
 _APART: Final = 2
 """Steps by which an element of two neighbours' vectors can be farther apart after rounding.
@@ -108,15 +116,42 @@ def add_noise(
     released = np.empty(flat.size, dtype=np.float32) if out is None else out.reshape(-1)
     if released.size != flat.size or not (out is None or out.flags.c_contiguous):
         raise ValueError("out is contiguous and of the vector's shape")
-    memory = np.empty(min(BLOCK, flat.size), dtype=np.int32)
     with drawing(source, flat.size) as draw:
-        for start in range(0, flat.size, BLOCK):
-            part = flat[start : start + BLOCK]
-            drawn = memory[: part.size]
+        if isinstance(draw, NormalDraws):
+            _release_in_blocks(flat, draw.words, step, released)
+        else:
+            drawn = np.empty(flat.size, dtype=np.int32)
             draw(drawn)
-            release_steps(part, drawn, step, released[start : start + BLOCK])
-    memory.fill(0)
+            release_steps(flat, drawn, step, released)
+            drawn.fill(0)
     return released.reshape(vector.shape)
+
+
+def _release_in_blocks(
+    flat: NDArray[Any], words: Words, step: float, out: NDArray[np.float32]
+) -> None:
+    """As `release_steps` of what `draw_normal` gives, one call of machine code a block."""
+    upper, lower = _halves(flat)
+    column, share, uncovered = bricks()
+    scale, step32 = steps_per_unit(step), np.float32(step)
+    drawn = np.empty(min(BLOCK, flat.size), dtype=np.int32)
+    memory = np.empty(words_for(drawn.size, share), np.uint64)
+    for start in range(0, flat.size, BLOCK):
+        size = min(BLOCK, flat.size - start)
+        given, steps = memory[: words_for(size, share)], drawn[:size]
+        words(given)
+        lay, rest = given.view(np.uint32), given[(size + 1) // 2 :]
+        place = -1
+        while place < size:
+            place = _draw_and_release(
+                lay, column, rest, *uncovered, steps, place, upper, lower, scale, step32, out, start
+            )
+            if place == _NOT_FINITE:
+                raise ValueError(_REFUSAL)
+            if place < size:
+                words(rest)
+    drawn.fill(0)
+    memory.fill(0)
 
 
 def release_steps(
@@ -129,7 +164,7 @@ def release_steps(
     """
     upper, lower = _halves(part)
     if not release(upper, lower, drawn, steps_per_unit(step), np.float32(step), out):
-        raise ValueError("a vector that is not finite cannot be released with noise")
+        raise ValueError(_REFUSAL)
 
 
 @functools.lru_cache(maxsize=64)
@@ -223,4 +258,63 @@ def release(  # noqa: PLR0917 (compiled code knows no keywords)
     return finite
 
 
+@compiled(
+    "int64(uint32[::1], int16[::1], uint64[::1], int64[::1], float64[::1], float64[::1],"
+    " float64[::1], float64, float64, float64, float64, float64, int32[::1], int64, float32[::1],"
+    " float64[::1], float64, float32, float32[::1], int64)"
+)
+def _draw_and_release(  # noqa: PLR0917 (compiled code knows no keywords)
+    lay: NDArray[np.uint32],
+    column: NDArray[np.int16],
+    words: NDArray[np.uint64],
+    boxes: NDArray[np.int64],
+    left: NDArray[np.float64],
+    heights: NDArray[np.float64],
+    tallest: NDArray[np.float64],
+    boxes_to: float,
+    right_from: float,
+    left_edge: float,
+    right_edge: float,
+    per_gap: float,
+    drawn: NDArray[np.int32],
+    place: int,
+    upper: NDArray[np.float32],
+    lower: NDArray[np.float64],
+    scale: float,
+    step: np.float32,
+    out: NDArray[np.float32],
+    start: int,
+) -> int:
+    """`put`, and, if its words were enough, `release` of as many elements from `start` on.
+
+    Returns:
+        What `put` returns, or `_NOT_FINITE`.
+    """
+    place = put(
+        lay,
+        column,
+        words,
+        boxes,
+        left,
+        heights,
+        tallest,
+        boxes_to,
+        right_from,
+        left_edge,
+        right_edge,
+        per_gap,
+        drawn,
+        place,
+    )
+    if place < drawn.size:
+        return place
+    stop = start + drawn.size
+    rest = lower[start:stop] if lower.size > 0 else lower
+    if not release(upper[start:stop], rest, drawn, scale, step, out[start:stop]):
+        return _NOT_FINITE
+    return place
+
+
 _NOTHING: Final = np.empty(0, np.float64)
+_NOT_FINITE: Final = -2
+_REFUSAL: Final = "a vector that is not finite cannot be released with noise"

@@ -86,6 +86,21 @@ class Bricks(NamedTuple):
     uncovered: Uncovered
 
 
+class NormalDraws:
+    """Rounded normal draws from a stream of words.
+
+    Attributes:
+        words: The stream.
+    """
+
+    def __init__(self, words: Words) -> None:
+        self.words = words
+
+    def __call__(self, out: NDArray[np.int32]) -> None:
+        """See `draw_normal`."""
+        draw_normal(out, self.words)
+
+
 def draw_normal(out: NDArray[np.int32], words: Words) -> None:
     """Overwrite `out`, contiguous, shape `(size,)`, with rounded normal draws.
 

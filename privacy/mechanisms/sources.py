@@ -6,14 +6,13 @@ import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext, algorithms, modes
 from numpy.typing import NDArray
 
 from fedward.privacy.mechanisms.noise import Draw, DrawsSteps, NoiseSource
-from fedward.privacy.mechanisms.normal import RESOLUTION, draw_normal
+from fedward.privacy.mechanisms.normal import RESOLUTION, NormalDraws
 from fedward.privacy.mechanisms.seeding import Seed, philox_keys
 
 _KEY_BYTES = 32
@@ -103,7 +102,7 @@ class SecureSource:
     def drawing(self, size: int) -> Iterator[Draw]:  # noqa: ARG002 (the interface)
         """See `DrawsSteps` and `normal`: of each draw 32 random bits, or more."""
         with self._request():
-            yield partial(draw_normal, words=self._fill)
+            yield NormalDraws(self._fill)
 
     @contextmanager
     def _request(self) -> Iterator[None]:
@@ -162,7 +161,7 @@ class SimulatedSource:
     def drawing(self, size: int) -> Iterator[Draw]:  # noqa: ARG002 (the interface)
         """See `DrawsSteps` and `normal`."""
         with self._lock:
-            yield partial(draw_normal, words=self._fill)
+            yield NormalDraws(self._fill)
 
     def fill_uniform(self, out: NDArray[np.float64]) -> None:
         """Overwrite `out`, shape `(size,)`, contiguous, with what `uniform` would give."""
