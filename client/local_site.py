@@ -26,7 +26,7 @@ from fedward.client.sources import read_source, split
 from fedward.client.training import LocalResult, TrainingPlan, train
 from fedward.core.canonical import digest
 from fedward.core.errors import AdmissionRefused, UpdateRejected
-from fedward.core.files import write_atomic
+from fedward.core.files import alone_in, write_atomic
 from fedward.core.identity import Identity, PublicIdentity
 from fedward.core.roster import load_roster
 from fedward.core.site import Site, load_site
@@ -103,7 +103,9 @@ class LocalSite:
         """The site's Ed25519 identity; made when it is first needed."""
         path = self.state / "identity.pem"
         if not path.exists():
-            Identity.generate_site().save(path)
+            with alone_in(self.state):
+                if not path.exists():
+                    Identity.generate_site().save(path)
         return Identity.load(path)
 
     @cached_property
@@ -312,7 +314,9 @@ class LocalSite:
             return simulated_split_key(study, "" if shared else self.name)
         path = self.state / "split.key"
         if not path.exists():
-            write_atomic(path, secrets.token_bytes(32), mode=0o600)
+            with alone_in(self.state):
+                if not path.exists():
+                    write_atomic(path, secrets.token_bytes(32), mode=0o600)
         return path.read_bytes()
 
 

@@ -1,8 +1,10 @@
 """Files that are whole or not there."""
 
 import contextlib
+import fcntl
 import os
 import secrets
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -35,6 +37,21 @@ def write_atomic(path: Path, data: bytes | str, *, mode: int = 0o644, durable: b
         raise
     if durable:
         sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keep out whoever else asks for the same folder in this way, in this process or another.
+
+    For what is made once and kept: two who both find a key missing must not both make one.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def sync_folder(folder: Path) -> None:
