@@ -283,7 +283,7 @@ EPOCHS: dict[str, Callable[[Family, int], Step]] = {
 
 
 _LONG_MS = 100.0  # steps for which it does not matter what ran before
-_BLOCK_MS = 2.0  # a turn of something quick is as many steps as fill this
+_BLOCK_MS = 8.0  # a turn of something quick is as many steps as fill this
 
 
 class Turns:
