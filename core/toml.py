@@ -19,7 +19,8 @@ _Model = TypeVar("_Model", bound=BaseModel)
 class Section(BaseModel):
     """One table of a file: frozen, and an unknown key is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    # Only the outermost is ever built by itself: of each of its tables, with it, and once.
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, defer_build=True)
 
 
 def read_toml(path: Path, kind: type[_Model]) -> _Model:

@@ -30,7 +30,7 @@ from fedward.tasks.study_model import study_model
 from fedward.transport.payload import Payload
 
 ADMIT, TRAIN, PUBLISH = "query.admit", "train.update", "query.publish"
-_WINDOW = 256
+_WINDOW = 128
 _MESSAGES = 256
 
 Log = Callable[..., None]

@@ -28,7 +28,7 @@ from fedward.simulations.stacked import StackedBatch, StackedSum, make_stacked_s
 from fedward.strategies.strategy import Vector
 from fedward.tasks.task import Examples
 
-_STACK_BYTES = 8 * 2**20  # of parameters and batches of a stack: what a processor's cache holds
+_STACK_BYTES = 4 * 2**20  # of parameters and batches of a stack: what a processor's cache holds
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,6 +56,8 @@ def main() -> None:
     engine, private = sys.argv[2], "private" in sys.argv[3:]
     device = "cuda" if "cuda" in sys.argv[3:] else "cpu"
     work = job.load(sys.argv[1])
+    number, rows = len(work.sites), len(work.sites[0][1])
+    work.sites.clear()  # Fedward reads the rows itself: what it holds of them is what is measured
     clock = job.Clock()
     one_round = rounds.save_checkpoint
 
@@ -64,7 +66,7 @@ def main() -> None:
         clock.lap()
 
     rounds.save_checkpoint = lap
-    rate = min(1.0, work.batch / len(work.sites[0][1]))
+    rate = min(1.0, work.batch / rows)
     size = settings_of(Path(sys.argv[1]))["size"]
     text = STUDY.format(
         rounds=settings["rounds"],
@@ -75,7 +77,7 @@ def main() -> None:
         privacy='mode = "local"\nunit = "patient"\nepsilon = 8.0'
         if private
         else 'mode = "none"\nacknowledge = "no privacy"',
-        args=f"{{ num_sites = {len(work.sites)}, size = {size}, strength = 1.0 }}",
+        args=f"{{ num_sites = {number}, size = {size}, strength = 1.0 }}",
         engine=engine,
         device=device,
     )
