@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedward.client.training.convolutions import image_part
+from fedward.client.training.convolutions import add_pixels, image_part
 from fedward.client.training.embeddings import embedding
 from fedward.client.training.parts import (
     Call,
@@ -31,7 +31,6 @@ from fedward.client.training.parts import (
     at,
     by_patient,
     impure,
-    products,
     room,
     squared_norms,
     stored,
@@ -264,10 +263,7 @@ def _affine(
     bias: Tensor | None = None
     for a, d in calls:
         if isinstance(layer, nn.GroupNorm):
-            normal = functional.group_norm(a, layer.num_groups, eps=layer.eps)
-            # Sum over all but rows and channels.
-            product = products(normal.flatten(2), d.flatten(2), memory)
-            plain = d.flatten(2).sum(2)
+            product, plain = _over_pixels(layer, a, d, memory)
         else:
             normal = functional.layer_norm(a, layer.normalized_shape, eps=layer.eps)
             shape = (len(d), -1, *layer.normalized_shape)
@@ -282,6 +278,24 @@ def _affine(
         },
         layer.weight.shape,
     )
+
+
+def _over_pixels(
+    layer: nn.GroupNorm, a: Tensor, d: Tensor, memory: Memory | None
+) -> tuple[Tensor, Tensor]:
+    """Of each row and channel, the sums of `d` times what was normalised, and of `d`."""
+    if not impure(a, memory) or not impure(d, memory):
+        normal = functional.group_norm(a, layer.num_groups, eps=layer.eps)
+        return (normal * d).flatten(2).sum(2), d.flatten(2).sum(2)
+    product, plain = a.new_empty(a.shape[:2]), a.new_empty(a.shape[:2])
+    add_pixels(
+        a.detach().reshape(len(a), layer.num_groups, -1, math.prod(a.shape[2:])).numpy(),
+        d.detach().reshape(len(a), a.shape[1], -1).numpy(),
+        layer.eps,
+        product.numpy(),
+        plain.numpy(),
+    )
+    return product, plain
 
 
 def _positions(calls: Sequence[Call], records: int) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -55,14 +54,6 @@ def squared_norms(values: Tensor) -> Tensor:
     """Squared norms of rows, in one pass."""
     norms: Tensor = torch.linalg.vector_norm(values.flatten(1), dim=1)
     return norms * norms
-
-
-def products(one: Tensor, other: Tensor, memory: Memory | None) -> Tensor:
-    """Inner products of the last dimension."""
-    if not impure(one, memory):
-        return (one * other).sum(-1)
-    with np.errstate(all="ignore"):  # what is not finite shows in the norm
-        return torch.from_numpy(np.vecdot(one.detach().numpy(), other.detach().numpy()))
 
 
 def impure(values: Tensor, memory: Memory | None) -> bool:
