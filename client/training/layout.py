@@ -18,6 +18,7 @@ from fedward.client.training.parts import Loss
 from fedward.client.training.plan import Mode, NotPrivate, Private, TrainingPlan
 from fedward.client.training.recurrent import unroll
 from fedward.client.training.sampler import PoissonSampler
+from fedward.client.training.threads import follow_torch
 
 
 class Layout:
@@ -59,6 +60,8 @@ class Layout:
                 else 1
             )
             self.train()
+            if self.mode is not None:
+                follow_torch()
             self.clipper: Clipper = (
                 Plain(model, loss, trained)
                 if self.mode is None

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from fedward.client.training.parts import STABILITY, Call, Loss
 from fedward.client.training.sampler import Batch
-from fedward.client.training.threads import follow_torch
 from fedward.tasks.losses import OutputGradient
 
 Array = NDArray[np.float32]
@@ -142,7 +141,6 @@ class Stack:
         self._arrays = all(p.is_cpu and p.dtype == torch.float32 for p in parameters)
         if not self._arrays:
             return
-        follow_torch()
         self._layers: list[_Layer] = []
         for layer in layers:
             if isinstance(layer, nn.Linear):
