@@ -1,17 +1,14 @@
 """The registry: a folder of releases, `MODEL/VERSION/`, whole or not there."""
 
-import contextlib
-import fcntl
 import json
-import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from fedward.core.files import sync_folder
+from fedward.core.files import alone_in, sync_folder
 from fedward.core.identity import Identity
 from fedward.core.release import limit_of, valid_name, write_release
 
@@ -106,7 +103,7 @@ class Registry:
             raise ValueError(f"{model!r} cannot name a model: lower-case letters, digits, hyphens")
         shelf = self.folder / model
         shelf.mkdir(parents=True, exist_ok=True)
-        with locked(shelf):
+        with alone_in(shelf):
             for leftover in shelf.glob(".*.tmp"):
                 shutil.rmtree(leftover)
             version = max(self.versions(model), default=0) + 1
@@ -130,14 +127,3 @@ def _privacy_line(folder: Path) -> str | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return "".join(c for c in line if c.isprintable()) if isinstance(line, str) else None
-
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Only one writer of a folder at a time, on this machine."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)

@@ -15,10 +15,10 @@ from tuf.api.metadata import Metadata, MetaFile, Root, Snapshot, TargetFile, Tar
 from tuf.api.serialization import DeserializationError
 
 from fedward.core.errors import ConfigError
-from fedward.core.files import write_atomic
+from fedward.core.files import alone_in, write_atomic
 from fedward.core.identity import Identity
 from fedward.core.modelsigning import BUNDLE_NAME
-from fedward.server.registry import FIRST_ROOT, TUF, Registry, locked
+from fedward.server.registry import FIRST_ROOT, TUF, Registry
 
 _DAY = datetime.timedelta(days=1)
 _ROOT_DAYS, _TARGETS_DAYS, _TIMESTAMP_DAYS = 365, 90, 14
@@ -75,7 +75,7 @@ def refresh_registry(
     """
     folder = registry / TUF
     _check_publisher(folder, publisher)
-    with locked(folder):  # two that publish at once must not both sign the same version
+    with alone_in(folder):  # two that publish at once must not both sign the same version
         _sign_state(folder, Registry(registry), publisher, valid_days=valid_days)
 
 
