@@ -586,3 +586,26 @@ def test_images_of_several_channels_are_clipped_whatever_their_order_in_memory(
     expected = [by_hand(model, part, 0.5)[0] for part in (batch, batch.part(0, 2))]
     torch.testing.assert_close([p.double() for p in parts], expected, atol=1e-6, rtol=1e-6)
     assert likes_turning(model.float(), list(model.children()), x) is (build is Turned)
+
+
+class SummedPixels(nn.Module):
+    """Its normalisation gets one gradient a channel back, expanded to all pixels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv1d(1, 4, 3), nn.GroupNorm(2, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs: Tensor = self.head(self.norm(self.conv(x)).sum(2))
+        return outputs
+
+
+def test_a_gradient_that_is_expanded_over_pixels_is_clipped() -> None:
+    torch.manual_seed(0)
+    model = SummedPixels()
+    batch = Batch(torch.randn(6, 1, 9), torch.arange(6) % 3, None, 1)
+
+    clipped = BookKeeping(model, cross_entropy, list(model.parameters()))(batch, clip_norm=0.3)
+
+    expected, _ = by_hand(model, batch, 0.3)
+    torch.testing.assert_close(clipped.total.double(), expected, atol=1e-5, rtol=0)

@@ -288,9 +288,10 @@ def _over_pixels(
         normal = functional.group_norm(a, layer.num_groups, eps=layer.eps)
         return (normal * d).flatten(2).sum(2), d.flatten(2).sum(2)
     product, plain = a.new_empty(a.shape[:2]), a.new_empty(a.shape[:2])
+    # A gradient may be one number a channel, seen as many: `reshape` would leave it so.
     add_pixels(
-        a.detach().reshape(len(a), layer.num_groups, -1, math.prod(a.shape[2:])).numpy(),
-        d.detach().reshape(len(a), a.shape[1], -1).numpy(),
+        a.detach().contiguous().view(len(a), layer.num_groups, -1, math.prod(a.shape[2:])).numpy(),
+        d.detach().contiguous().view(len(a), a.shape[1], -1).numpy(),
         layer.eps,
         product.numpy(),
         plain.numpy(),
