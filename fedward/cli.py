@@ -19,6 +19,7 @@ from fedward.cli_registry import registry_app
 from fedward.core.errors import FedwardError
 from fedward.output import Json
 from fedward.output import emit as _emit
+from fedward.simulations import startup
 
 _OBJECTS_BEFORE_A_LOOK = 50_000, 20, 50
 
@@ -54,8 +55,11 @@ def main() -> None:
         else:
             sys.stderr.write(f"error: {error}\n")
         sys.exit(1)
-    finally:
-        gc.freeze()  # or the interpreter looks through all of it once more before it ends
+
+
+def command() -> None:
+    """Run the command line in a process of its own, which ends with it."""
+    startup.run(main)
 
 
 @contextlib.contextmanager
@@ -76,9 +80,7 @@ def demo(
     ] = None,
 ) -> None:
     """Train on four real hospitals with and without privacy, publish, and ask the adapter."""
-    from fedward.simulations.startup import defer_meta_kernels
-
-    defer_meta_kernels()
+    startup.start()
     from fedward.console import show_demo
     from fedward.simulations.demo import run_demo
 
@@ -123,9 +125,7 @@ def simulate(  # noqa: PLR0917 (options, which typer passes by name)
         folder = out or Path("runs") / f"{study.stem}-sweep"
         _sweep(study, sweep or [], folder, seeds=seeds, workers=workers, json_output=json_output)
         return
-    from fedward.simulations.startup import defer_meta_kernels
-
-    defer_meta_kernels()
+    startup.start()
     from fedward.console import follow, print_result
     from fedward.core.run import new_run_path
     from fedward.core.study import load_study
@@ -358,4 +358,4 @@ def site_check(site: SiteFile, json_output: Json = False) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command()

@@ -112,9 +112,9 @@ def _end_after(sentinel: int) -> None:
 
 def run_job(study_file: Path, job: Job) -> str | None:
     """One run of a sweep, begun or gone on with. Returns why it failed, or None."""
-    from fedward.simulations.startup import defer_meta_kernels
+    from fedward.simulations import startup
 
-    defer_meta_kernels()
+    startup.start()
     import torch
 
     from fedward.core.errors import FedwardError

@@ -1,6 +1,5 @@
 """The job on Fedward, whole: study, admission, ledgers, rounds, evaluation, signed release."""
 
-import gc
 import json
 import os
 import sys
@@ -8,12 +7,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from fedward.simulations.startup import defer_meta_kernels
+from fedward.simulations import startup
 
-gc.set_threshold(50_000, 20, 50)  # as the command line does, and
-defer_meta_kernels()
+startup.start()  # as the command line does
 
-import job  # noqa: E402 (after the lines above, which are for imports)
+import job  # noqa: E402 (after the line above, which imports torch in its way)
 import torch  # noqa: E402
 
 STUDY = """\
@@ -92,7 +90,6 @@ def main() -> None:
     from_vector(model, released_parameters(run, load_study(file)))
     clock.wall, clock.cpu = clock.wall[1:], clock.cpu[1:]
     job.report(work, model, clock)
-    gc.freeze()  # as the command line does
 
 
 def settings_of(folder: Path) -> dict[str, int]:
@@ -102,4 +99,4 @@ def settings_of(folder: Path) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    main()
+    startup.run(main)  # as the command line does
