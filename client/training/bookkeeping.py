@@ -16,6 +16,7 @@ from torch.func import functional_call, grad
 
 from fedward.client.training.convolutions import Turning, likes_turning
 from fedward.client.training.leaves import part_of, supported
+from fedward.client.training.normalisation import PixelSums
 from fedward.client.training.parts import STABILITY, Call, Loss, Memory
 from fedward.client.training.stack import one_a_row
 
@@ -73,26 +74,26 @@ class Captured:
     ) -> None:
         self._model, self._loss, self._leaves = model, loss, leaves
         likes = likes_turning(model, list(leaves.values()), features)
-        self._turning = Turning(memory) if likes else None
-        self._record: list[tuple[str, Tensor, Any]] = []
+        self._turning = Turning(leaves.values(), memory) if likes else None
+        self._record: list[tuple[str, Tensor, Any, PixelSums | None]] = []
         self._handles = [
             layer.register_forward_hook(self._hook(name)) for name, layer in leaves.items()
         ]
-        if self._turning is not None:
-            before = self._turning.before
-            self._handles += [layer.register_forward_pre_hook(before) for layer in leaves.values()]
 
     def close(self) -> None:
         """Take the hooks off the model."""
         for handle in self._handles:
             handle.remove()
+        if self._turning is not None:
+            self._turning.close()
 
-    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-        def hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             # The edge, not the tensor: an activation in place changes what the tensor means.
             edge = torch.autograd.graph.get_gradient_edge(output)
-            self._record.append((name, inputs[0].detach(), edge))
-            return output if self._turning is None else self._turning.after(layer, output)
+            sums = None if self._turning is None else self._turning.sums(layer)
+            given = inputs[0] if sums is None else output
+            self._record.append((name, given.detach(), edge, sums))
 
         return hook
 
@@ -104,11 +105,13 @@ class Captured:
             one_a_row(losses, features)
             total = losses.sum() if mask is None else (losses * mask).sum()
             record, self._record = self._record, []
-            gradients = torch.autograd.grad(total, [edge for *_, edge in record], allow_unused=True)
+            gradients = torch.autograd.grad(
+                total, [edge for _, _, edge, _ in record], allow_unused=True
+            )
         calls: dict[str, list[Call]] = {}
-        for (name, given, _), gradient in zip(record, gradients, strict=True):
+        for (name, given, _, sums), gradient in zip(record, gradients, strict=True):
             if gradient is not None:
-                calls.setdefault(name, []).append((given, gradient))
+                calls.setdefault(name, []).append(Call(given, gradient, sums))
         return calls
 
 
@@ -198,7 +201,7 @@ def make_clipped_sum(
         calls: dict[str, list[Call]] = {}
         for (name, _), a, d in zip(shapes, inputs, gradients, strict=True):
             # Not a product: zero times NaN is NaN.
-            calls.setdefault(name, []).append((_only(keep, a), _only(keep, d)))
+            calls.setdefault(name, []).append(Call(_only(keep, a), _only(keep, d)))
         whole = (finite | (mask <= 0)).reshape(-1, records).all(1)
         sums, squared = sums_of(leaves, calls, clip_norm=clip_norm, records=records)
         return sums, torch.where(whole, squared, torch.inf)

@@ -1,14 +1,13 @@
 """Convolutions on a CPU: memory laid out as its kernels like it, and gradients of every record.
 
 oneDNN convolves, and torch pools, several times faster where the channels of a pixel stand
-together ("channels last"); torch's group normalisation is several times faster where they do not.
-The layers that book-keeping listens to turn what passes through them over, which changes where
-numbers stand and no number.
+together ("channels last"). The layers that book-keeping listens to lay out so what goes into them,
+which changes where numbers stand and no number; `normalisation` takes them as they stand.
 """
 
+import functools
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -16,8 +15,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fedward.client.training.parts import Into, Memory, Part, Sums, squared_norms, sum_records
-from fedward.privacy.mechanisms.compiled import compiled
+from fedward.client.training.normalisation import PixelSums, normalised
+from fedward.client.training.parts import (
+    Into,
+    Memory,
+    Part,
+    Sums,
+    squared_norms,
+    sum_records,
+)
 
 Array = NDArray[np.float32]
 
@@ -28,63 +34,47 @@ _LIKES: "WeakKeyDictionary[nn.Module, bool]" = WeakKeyDictionary()
 
 
 class Turning:
-    """Hooks that turn what passes through layers over.
+    """Lays images out, channels last, for the layers of a model, and normalises them so.
 
     Args:
-        memory: For what nobody but a layer reads.
+        layers: Those that book-keeping listens to.
+        memory: For what is held no longer than a step.
     """
 
-    def __init__(self, memory: Memory) -> None:
+    def __init__(self, layers: Iterable[nn.Module], memory: Memory) -> None:
         self._memory = memory
+        self._sums: dict[nn.Module, PixelSums] = {}
+        self._normalising = [layer for layer in layers if isinstance(layer, nn.GroupNorm)]
+        for layer in self._normalising:
+            # Of this one layer, before its class's own.
+            vars(layer)["forward"] = functools.partial(self._normalise, layer, layer.forward)
+        self._handles = [
+            layer.register_forward_pre_hook(_turn)
+            for layer in layers
+            if isinstance(layer, nn.Conv2d)
+        ]
 
-    def before(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """What goes in: channels last for convolutions, first for normalisation."""
-        x = inputs[0]
-        if isinstance(layer, nn.Conv2d) and x.dim() == _IMAGES:
-            x = _channels_last(x)
-        elif isinstance(layer, nn.GroupNorm) and x.dim() == _IMAGES and not x.is_contiguous():
-            x = _turn(x, False, self._memory, (layer, "in"))
-        return (x, *inputs[1:])
+    def sums(self, layer: nn.Module) -> PixelSums | None:
+        """What the layer's last use leaves behind, if it is one that normalises."""
+        return self._sums.pop(layer, None)
 
-    def after(self, layer: nn.Module, output: Tensor) -> Tensor:
-        """What goes on: channels last, for the pooling that may follow."""
-        if isinstance(layer, nn.GroupNorm) and output.dim() == _IMAGES:
-            return _turn(output, True, self._memory, (layer, "out"))
+    def close(self) -> None:
+        """Leave the layers as they were."""
+        for handle in self._handles:
+            handle.remove()
+        for layer in self._normalising:
+            del vars(layer)["forward"]
+
+    def _normalise(self, layer: nn.GroupNorm, own: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        if x.dim() != _IMAGES:
+            return own(x)
+        output, self._sums[layer] = normalised(layer, x, self._memory.take(Turning, x.shape, x))
         return output
 
 
-class _Turned(torch.autograd.Function):
-    """The same numbers in another order in memory; gradients come back in the order before."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, last: bool, memory: Memory, key: object) -> Tensor:
-        ctx.last, ctx.memory, ctx.key = last, memory, key
-        # What goes on may be changed in place, which a view of held memory may not.
-        if last:
-            return _copied(x, torch.empty_like(x, memory_format=_LAST))
-        return _first(x, memory, key)
-
-    @staticmethod
-    def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
-        key = (ctx.key, "back")
-        back = _first(d, ctx.memory, key) if ctx.last else _last(d, ctx.memory, key)
-        return back, None, None, None
-
-
-_turn: Callable[..., Tensor] = _Turned.apply
-
-
-def _first(x: Tensor, memory: Memory, key: object) -> Tensor:
-    if x.is_contiguous():
-        return x.view_as(x)
-    return _copied(x, memory.take(key, x.shape, x))
-
-
-def _last(x: Tensor, memory: Memory, key: object) -> Tensor:
-    if x.is_contiguous(memory_format=_LAST):
-        return x
-    rows, channels, tall, wide = x.shape
-    return _copied(x, memory.take(key, (rows, tall, wide, channels), x).permute(0, 3, 1, 2))
+def _turn(_layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    x = inputs[0]
+    return (_channels_last(x) if x.dim() == _IMAGES else x, *inputs[1:])
 
 
 def _copied(x: Tensor, out: Tensor) -> Tensor:
@@ -120,18 +110,13 @@ def likes_turning(model: nn.Module, leaves: list[nn.Module], features: Tensor) -
 
 def _same(model: nn.Module, leaves: list[nn.Module], one: Tensor) -> bool:
     with torch.no_grad():
-        expected, turning = model(one), Turning(Memory())
-        handles = [m.register_forward_pre_hook(turning.before) for m in leaves]
-        handles += [
-            m.register_forward_hook(lambda m, _, out: turning.after(m, out)) for m in leaves
-        ]
+        expected, turning = model(one), Turning(leaves, Memory())
         try:
             got = model(one)
         except RuntimeError:
             return False
         finally:
-            for handle in handles:
-                handle.remove()
+            turning.close()
         return bool(torch.allclose(got, expected, rtol=1e-3, atol=1e-4, equal_nan=True))
 
 
@@ -225,44 +210,3 @@ def _pair(value: object) -> tuple[int, int]:
     if not (isinstance(value, tuple) and len(value) == 2):  # noqa: PLR2004 (height, width)
         raise TypeError("padding is two numbers; see `supported`")
     return value
-
-
-@compiled(
-    "void(float32[:, :, :, ::1], float32[:, :, ::1], float64, float32[:, ::1], float32[:, ::1])",
-    any_order=True,
-)
-def add_pixels(a: Array, d: Array, epsilon: float, product: Array, plain: Array) -> None:
-    """What group normalisation (Wu and He, ECCV 2018, section 3.1) gives to its parameters.
-
-    Args:
-        a: What went in, shape `(rows, groups, channels of a group, pixels)`.
-        d: The gradient of what came out, shape `(rows, channels, pixels)`.
-        epsilon: Added to variances.
-        product: Overwritten with the sums over pixels of `d` times the normalised `a`, shape
-            `(rows, channels)`.
-        plain: Overwritten with those of `d`, of the same shape.
-    """
-    rows, groups, channels, pixels = a.shape
-    numbers = np.float32(channels * pixels)
-    for row in range(rows):
-        for group in range(groups):
-            total = np.float32(0)
-            for channel in range(channels):
-                for pixel in range(pixels):
-                    total += a[row, group, channel, pixel]
-            mean = total / numbers
-            squares = np.float32(0)
-            for channel in range(channels):
-                for pixel in range(pixels):
-                    apart = a[row, group, channel, pixel] - mean
-                    squares += apart * apart
-            per_deviation = np.float32(1 / math.sqrt(squares / numbers + epsilon))
-            for channel in range(channels):
-                at = group * channels + channel
-                with_normal, alone = np.float32(0), np.float32(0)
-                for pixel in range(pixels):
-                    gradient = d[row, at, pixel]
-                    with_normal += (a[row, group, channel, pixel] - mean) * gradient
-                    alone += gradient
-                product[row, at] = with_normal * per_deviation
-                plain[row, at] = alone

@@ -27,8 +27,8 @@ def embedding(
     layer: nn.Embedding, calls: Sequence[Call], records: int, memory: Memory | None
 ) -> Part:
     """As `part_of`."""
-    inputs = [by_patient(a.reshape(len(a), -1), records) for a, _ in calls]
-    outputs = [by_patient(d.reshape(len(d), -1, layer.embedding_dim), records) for _, d in calls]
+    inputs = [by_patient(a.reshape(len(a), -1), records) for a, *_ in calls]
+    outputs = [by_patient(d.reshape(len(d), -1, layer.embedding_dim), records) for _, d, _ in calls]
     tokens = inputs[0] if len(calls) == 1 else torch.cat(inputs, 1)
     d = outputs[0] if len(calls) == 1 else torch.cat(outputs, 1)
     if impure(d, memory) and layer.weight.is_cpu and layer.weight.dtype == torch.float32:

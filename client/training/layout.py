@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from fedward.client.training.clippers import Clipper, Plain
-from fedward.client.training.memory import patients_at_once
+from fedward.client.training.memory import keep_freed_memory, patients_at_once
 from fedward.client.training.modes import choose_mode, make_clipper
 from fedward.client.training.parts import Loss
 from fedward.client.training.plan import Mode, NotPrivate, Private, TrainingPlan
@@ -49,6 +49,7 @@ class Layout:
         self._model, self._trained = model, trained
         self._training = model.training
         self._restore: Callable[[], None] = _nothing
+        keep_freed_memory()
         if isinstance(plan.guarantee, Private):
             self._restore = unroll(model)
         try:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedward.client.training.convolutions import add_pixels, image_part
+from fedward.client.training.convolutions import image_part
 from fedward.client.training.embeddings import embedding
 from fedward.client.training.parts import (
     Call,
@@ -89,7 +89,7 @@ def part_of(
         case nn.Conv1d() | nn.Conv2d():
             return _convolution(layer, calls, records, memory)
         case nn.GroupNorm() | nn.LayerNorm():
-            return _affine(layer, calls, records, memory)
+            return _affine(layer, calls, records)
         case _:
             raise ValueError(f"book-keeping does not know {type(layer).__name__}")
 
@@ -98,7 +98,7 @@ def _linear(layer: nn.Linear, calls: Sequence[Call], records: int, memory: Memor
     trained = learns(layer, "weight")
     biased = learns(layer, "bias")
     if len(calls) == 1 and records == 1 and calls[0][1].dim() == 2:  # noqa: PLR2004 (rows, columns)
-        return _linear_once(layer, *calls[0], memory)
+        return _linear_once(layer, *calls[0][:2], memory)
     a, d = _positions(calls, records)
     squared: Tensor | float = 0.0
     gradients: Tensor | None = None
@@ -204,10 +204,10 @@ def _convolution(
     biased = learns(layer, "bias")
     once = len(calls) == 1 and trained and layer.groups == 1 and calls[0][1].is_cpu
     if memory is not None and once and isinstance(layer, nn.Conv2d):
-        return image_part(layer, *calls[0], records=records, memory=memory, biased=biased)
+        return image_part(layer, *calls[0][:2], records=records, memory=memory, biased=biased)
     gradients: Tensor | None = None
     summed: Tensor | None = None
-    for number, (a, d) in enumerate(calls):
+    for number, (a, d, _) in enumerate(calls):
         flat = d.flatten(2)
         if trained:
             kernels = _kernel_gradients(layer, a, flat, memory, number)
@@ -256,14 +256,15 @@ def _kernel_gradients(
     return (d @ patches.transpose(2, 3)).flatten(1, 2)
 
 
-def _affine(
-    layer: nn.GroupNorm | nn.LayerNorm, calls: Sequence[Call], records: int, memory: Memory | None
-) -> Part:
+def _affine(layer: nn.GroupNorm | nn.LayerNorm, calls: Sequence[Call], records: int) -> Part:
     weight: Tensor | None = None
     bias: Tensor | None = None
-    for a, d in calls:
-        if isinstance(layer, nn.GroupNorm):
-            product, plain = _over_pixels(layer, a, d, memory)
+    for a, d, sums in calls:
+        if sums is not None:
+            product, plain = sums.of(d)
+        elif isinstance(layer, nn.GroupNorm):
+            normal = functional.group_norm(a, layer.num_groups, eps=layer.eps)
+            product, plain = (normal * d).flatten(2).sum(2), d.flatten(2).sum(2)
         else:
             normal = functional.layer_norm(a, layer.normalized_shape, eps=layer.eps)
             shape = (len(d), -1, *layer.normalized_shape)
@@ -280,29 +281,10 @@ def _affine(
     )
 
 
-def _over_pixels(
-    layer: nn.GroupNorm, a: Tensor, d: Tensor, memory: Memory | None
-) -> tuple[Tensor, Tensor]:
-    """Of each row and channel, the sums of `d` times what was normalised, and of `d`."""
-    if not impure(a, memory) or not impure(d, memory):
-        normal = functional.group_norm(a, layer.num_groups, eps=layer.eps)
-        return (normal * d).flatten(2).sum(2), d.flatten(2).sum(2)
-    product, plain = a.new_empty(a.shape[:2]), a.new_empty(a.shape[:2])
-    # A gradient may be one number a channel, seen as many: `reshape` would leave it so.
-    add_pixels(
-        a.detach().contiguous().view(len(a), layer.num_groups, -1, math.prod(a.shape[2:])).numpy(),
-        d.detach().contiguous().view(len(a), a.shape[1], -1).numpy(),
-        layer.eps,
-        product.numpy(),
-        plain.numpy(),
-    )
-    return product, plain
-
-
 def _positions(calls: Sequence[Call], records: int) -> tuple[Tensor, Tensor]:
     """Inputs and output gradients as `(patients, positions, columns)`."""
-    inputs = [by_patient(a.reshape(len(a), -1, a.shape[-1]), records) for a, _ in calls]
-    outputs = [by_patient(d.reshape(len(d), -1, d.shape[-1]), records) for _, d in calls]
+    inputs = [by_patient(a.reshape(len(a), -1, a.shape[-1]), records) for a, *_ in calls]
+    outputs = [by_patient(d.reshape(len(d), -1, d.shape[-1]), records) for _, d, _ in calls]
     if len(calls) == 1:
         return inputs[0], outputs[0]
     return torch.cat(inputs, 1), torch.cat(outputs, 1)

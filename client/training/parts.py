@@ -3,16 +3,32 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from fedward.client.training.normalisation import PixelSums
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """Of outputs and labels, one value an example."""
 
 STABILITY = 1e-6  # in Opacus' clipping factor, clip_norm / (norm + 1e-6)
 
-Call = tuple[Tensor, Tensor]  # what went into a layer, and the gradient of what came out
+
+class Call(NamedTuple):
+    """One use of a layer."""
+
+    given: Tensor
+    """What went in."""
+
+    gradient: Tensor
+    """Of what came out."""
+
+    sums: PixelSums | None = None
+    """Of a group normalisation that may forget what went in."""
+
+
 Sums = Mapping[str, Tensor]
 Into = Mapping[str, Tensor] | None
 """By parameter name, contiguous places for sums; None for new tensors."""

@@ -186,7 +186,7 @@ class Stack:
         """As `Captured.run`."""
         with np.errstate(all="ignore"):
             return {
-                str(layer.name): [(torch.from_numpy(a), torch.from_numpy(d))]
+                str(layer.name): [Call(torch.from_numpy(a), torch.from_numpy(d))]
                 for layer, a, d in self._pass(batch)
             }
 
