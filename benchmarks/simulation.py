@@ -422,6 +422,9 @@ def main() -> None:
     parser.add_argument("--figure", type=Path, help="where show 3 draws, .svg or .png")
     bench = Bench(parser.parse_args())
     sys.path.insert(0, str(HERE))
+    from fedward.simulations import startup
+
+    startup.start()  # a second less
     for number in bench.arguments.show or (
         [1, 2, 3, 4] if bench.arguments.quick else sorted(SHOWS)
     ):

@@ -6,7 +6,6 @@ so that `fedward --help` stays instant.
 """
 
 import contextlib
-import gc
 import json
 import sys
 from collections.abc import Iterator
@@ -20,8 +19,6 @@ from fedward.core.errors import FedwardError
 from fedward.output import Json
 from fedward.output import emit as _emit
 from fedward.simulations import startup
-
-_OBJECTS_BEFORE_A_LOOK = 50_000, 20, 50
 
 app = typer.Typer(
     name="fedward",
@@ -44,9 +41,7 @@ RunFolder = Annotated[Path, typer.Argument(help="The run directory.", show_defau
 
 def main() -> None:
     """Run the command line; explain what goes wrong in one or two lines."""
-    # Importing torch makes a million objects and no garbage; by default that is looked through
-    # for a fifth of a second.
-    gc.set_threshold(*_OBJECTS_BEFORE_A_LOOK)
+    startup.collect_rarely()
     try:
         app()
     except FedwardError as error:

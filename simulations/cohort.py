@@ -29,6 +29,7 @@ from fedward.strategies.strategy import Vector
 from fedward.tasks.task import Examples
 
 _STACK_BYTES = 4 * 2**20  # of parameters and batches of a stack: what a processor's cache holds
+_SMALL_REST = 4  # what part of a stack is too few for one of its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,9 +153,10 @@ class Cohort:
         rows: float = self._expected[turn.site] * self._records
         return rows
 
-    def _stacks(self, order: Sequence[int], turns: Sequence[Turn]) -> Iterator[list[int]]:
-        """Cut `order` so that a stack fits its share of memory."""
+    def _stacks(self, order: Sequence[int], turns: Sequence[Turn]) -> list[list[int]]:
+        """Cut `order` so that a stack fits its share of memory; a small rest goes with the last."""
         row = math.prod(self._features.shape[1:]) * 4
+        stacks: list[list[int]] = []
         stack: list[int] = []
         largest = 0.0
         for number in order:
@@ -163,11 +165,14 @@ class Cohort:
             # Parameters, gradients, noise; a batch and what the layers make of it.
             each = 16 * self._size + 4 * row * largest
             if stack and (len(stack) + 1) * each > _STACK_BYTES:
-                yield stack
+                stacks.append(stack)
                 stack, largest = [], rows
             stack.append(number)
-        if stack:
-            yield stack
+        if stacks and len(stack) * _SMALL_REST < len(stacks[-1]):
+            stacks[-1] += stack  # few sites take nearly as long as many
+        elif stack:
+            stacks.append(stack)
+        return stacks
 
     def _train_stack(self, flat: Tensor, turns: Sequence[Turn]) -> list[Vector]:
         plan, plans = self._plan, [self._plans[turn.site] for turn in turns]
@@ -182,7 +187,7 @@ class Cohort:
                 for turn, p in zip(turns, plans, strict=True)
             ]
         )
-        stacked = flat.repeat(len(turns), 1)
+        stacked = flat.expand(len(turns), -1).clone(memory_format=torch.contiguous_format)
         optimizer = FlatOptimizer(
             stacked,
             optimizer=plan.optimizer,

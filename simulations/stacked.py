@@ -171,7 +171,9 @@ class _Layers:
         if self._clip_norm is not None:
             squared = self._squared(inputs, gradients, batch.records)
             finite = torch.isfinite(squared.sum(1))
-            factors = _factors(squared, self._clip_norm).repeat_interleave(batch.records, 1)
+            factors = _factors(squared, self._clip_norm)
+            if batch.records > 1:
+                factors = factors.repeat_interleave(batch.records, 1)
         sums: dict[str, Tensor] = {}
         for name, d in gradients.items():
             scaled = d if factors is None else d * factors[..., None]
@@ -195,9 +197,12 @@ class _Layers:
                     continue
                 name = str(number)
                 inputs[name] = h.detach()
-                h = torch.bmm(h, values[f"{name}.weight"].transpose(1, 2))
-                if f"{name}.bias" in values:
-                    h = h + values[f"{name}.bias"][:, None]
+                weight, bias = values[f"{name}.weight"].transpose(1, 2), values.get(f"{name}.bias")
+                h = (
+                    torch.bmm(h, weight)
+                    if bias is None
+                    else torch.baddbmm(bias[:, None], h, weight)
+                )
                 if not h.requires_grad:
                     h.requires_grad_()
                 outputs[name] = h

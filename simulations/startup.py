@@ -30,12 +30,20 @@ _EXTENSIONS = (
     *("cryptography.hazmat.bindings._rust", "google._upb._message", "grpc._cython.cygrpc"),
 )
 
+_OBJECTS_BEFORE_A_LOOK = 50_000, 20, 50
+
+
+def collect_rarely() -> None:
+    """Look for garbage not so often: imports and rounds make many objects and next to none."""
+    gc.set_threshold(*_OBJECTS_BEFORE_A_LOOK)
+
 
 def start() -> None:
     """Import what every simulation needs.
 
     For a process that ends with the command: it changes torch for all who share the process.
     """
+    collect_rarely()
     if "torch" in sys.modules:
         return
     from fedward.simulations.deferred import import_torch

@@ -9,6 +9,7 @@ from torch import nn
 from fedward.client.training import NotPrivate, Private, TrainingPlan, train
 from fedward.privacy.mechanisms import add_noise, simulated_source
 from fedward.privacy.mechanisms.rows import add_noise_to_rows
+from fedward.simulations import cohort
 from fedward.simulations.cohort import Cohort, CohortSite, Turn
 from fedward.simulations.stacked import fits
 from fedward.tasks.models import build
@@ -242,3 +243,28 @@ def test_a_row_that_is_not_finite_is_not_released() -> None:
     sources = [simulated_source(1), simulated_source(2)]
     with pytest.raises(ValueError, match="not finite"):
         add_noise_to_rows(rows, stds=[1.0, 1.0], sensitivities=[1.0, 1.0], sources=sources)
+
+
+@pytest.mark.parametrize(("room", "stacks"), [(5.5, [5, 5, 2]), (4.5, [4, 4, 4]), (11.5, [12])])
+def test_sites_that_do_not_fit_one_stack_train_as_each_alone(
+    room: float, stacks: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is left over is a stack of its own, or goes with the last if it is small."""
+    model = build("logistic", num_features=FEATURES)
+    plan = make_plan(0, private=1.0)
+    sites = [CohortSite(make_examples(20, seed=number), plan) for number in range(12)]
+    one = 16 * (FEATURES + 1) + 4 * 4 * FEATURES * 6  # parameters, and six rows of twenty
+    monkeypatch.setattr(cohort, "_STACK_BYTES", room * one)
+    sizes: list[int] = []
+    train_stack = Cohort._train_stack
+
+    def noted(self: Cohort, flat: torch.Tensor, turns: list[Turn]) -> list[NDArray[np.float32]]:
+        sizes.append(len(turns))
+        return train_stack(self, flat, turns)
+
+    monkeypatch.setattr(Cohort, "_train_stack", noted)
+
+    alone, together = both(model, sites)
+
+    assert sizes == stacks
+    assert closeness(alone, together) < 1e-5
