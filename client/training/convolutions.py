@@ -7,7 +7,7 @@ which changes where numbers stand and no number; `normalisation` takes them as t
 
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -41,7 +41,7 @@ class Turning:
         memory: For what is held no longer than a step.
     """
 
-    def __init__(self, layers: Iterable[nn.Module], memory: Memory) -> None:
+    def __init__(self, layers: Collection[nn.Module], memory: Memory) -> None:
         self._memory = memory
         self._sums: dict[nn.Module, PixelSums] = {}
         self._normalising = [layer for layer in layers if isinstance(layer, nn.GroupNorm)]
