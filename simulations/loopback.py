@@ -14,11 +14,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, NoReturn, Self
+from typing import Any, Self
 
 from fedward.core.errors import RunError
 from fedward.core.files import write_atomic
@@ -55,11 +55,13 @@ def run_on_loopback(
     Raises:
         RunError: A process did not come up, or the run failed; names the log to look into.
     """
-    with _ended_in_order(), Loopback(run.path.resolve() / "loopback", sites.sites) as deployment:
+    folder = run.path.resolve() / "loopback"
+    with _ended_in_order() as end_if_told, Loopback(folder, sites.sites) as deployment:
         deployment.submit(config)
         seen, until = 0, time.monotonic() + _SILENT_FOR
         ask_at = time.monotonic() + _ASK_EVERY
         while time.monotonic() < until:
+            end_if_told()
             last = run.last_event()
             if last == "aborted":
                 raise RunError(str(run.why_it_ended()))
@@ -81,28 +83,37 @@ def run_on_loopback(
 
 
 @contextmanager
-def _ended_in_order() -> Iterator[None]:
+def _ended_in_order() -> Iterator[Callable[[], None]]:
     """Let who is told to end (`kill`, a closed terminal) stop what it started, too.
 
     The processes are sessions of their own: nobody else would tell them.
+
+    Yields:
+        Ends the process if it was told to. Python throws away what a signal raises while it takes
+        an object apart; who works on must ask.
     """
+    told: list[int] = []
+
+    def end_if_told() -> None:
+        if told:
+            raise SystemExit(128 + told[0])
+
+    def end(number: int, _frame: FrameType | None) -> None:
+        told.append(number)
+        end_if_told()
+
     if threading.current_thread() is not threading.main_thread():
-        yield  # which alone may say what a signal does
+        yield end_if_told  # the main thread alone may say what a signal does
         return
-    told = (signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.getsignal(number) for number in told}
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
     for number, handler in before.items():
         if handler is signal.SIG_DFL:  # not with nohup
-            signal.signal(number, _end)
+            signal.signal(number, end)
     try:
-        yield
+        yield end_if_told
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _end(number: int, _frame: FrameType | None) -> NoReturn:
-    raise SystemExit(128 + number)
 
 
 class Loopback:

@@ -54,6 +54,33 @@ def test_who_is_told_to_end_stops_what_it_started(tmp_path: Path, how: signal.Si
         assert running.returncode == 128 + how
 
 
+_TOLD_WHILE_DEAF = """
+import os, signal, time
+class Deaf:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.1)  # what the signal raises here, nobody hears
+
+def check(self):
+    if self._processes:
+        self._processes.pop("sleeper").kill()
+        Deaf()
+""" + _TOLD_TO_END.replace("sys.executable =", "loopback.Loopback.check = check\nsys.executable =")
+
+
+def test_who_is_told_to_end_while_nothing_can_be_raised_ends_soon(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _TOLD_WHILE_DEAF, str(tmp_path)],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+    assert "Exception ignored" in done.stderr
+    assert done.returncode == 128 + signal.SIGTERM
+
+
 def test_an_answer_of_flower_that_says_it_failed_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
