@@ -4,7 +4,8 @@ import sys
 import tomllib
 from pathlib import Path
 
-from studies import NO_PRIVACY, write_study
+import pytest
+from studies import NO_PRIVACY, change, write_study
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -65,3 +66,18 @@ def test_nothing_is_compiled_where_no_noise_is_drawn(tmp_path: Path) -> None:
     )
 
     assert done.stdout.strip() == "0 False"
+
+
+@pytest.mark.parametrize("model", ["logistic", "mlp"])
+def test_private_training_of_a_plain_model_imports_no_opacus(tmp_path: Path, model: str) -> None:
+    study = change(write_study(tmp_path, rounds=1), ('"logistic"', f'"{model}"'))
+    code = (
+        "import sys; from typer.testing import CliRunner; from fedward.cli import app; "
+        f"result = CliRunner().invoke(app, ['simulate', {str(study)!r}, '--json']); "
+        "print(result.exit_code, 'numba' in sys.modules, 'opacus' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+
+    assert done.stdout.strip() == "0 True False"
