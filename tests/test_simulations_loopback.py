@@ -12,11 +12,14 @@ from fedward.core.errors import RunError
 from fedward.simulations.loopback import Loopback
 
 _TOLD_TO_END = """
+import signal
 import sys
 from pathlib import Path
 import fedward.simulations.loopback as loopback
 from fedward.core.run import RunDirectory
 from fedward.simulations.provision import Provisioned
+
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whoever runs this may have been told not to hear it
 
 def start(self):
     self._spawn("sleeper", "sleep", "600")
