@@ -16,14 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fedward.client.training.normalisation import PixelSums, normalised
-from fedward.client.training.parts import (
-    Into,
-    Memory,
-    Part,
-    Sums,
-    squared_norms,
-    sum_records,
-)
+from fedward.client.training.parts import Into, Memory, Part, Sums, squared_norms, sum_records
 
 Array = NDArray[np.float32]
 
